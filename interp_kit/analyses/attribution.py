@@ -1,0 +1,285 @@
+"""Direct logit attribution: the decision as a sum over embedding, heads, MLPs and biases.
+
+At the position where the answers part, the residual stream is a sum of what every component wrote.
+With the final norm's statistics frozen, norm and unembedding are linear, so the pre-cap logit
+difference is the sum of
+
+    value(c) = N(out_c) . (W_U[:, positive] - W_U[:, negative])
+
+over components c, exactly: nothing is left over. On models that normalise what a block adds
+(Gemma-2's norm after attention), every head goes through that norm too, with its statistics frozen.
+A final soft cap is monotone but not linear, hence *pre-cap*.
+
+Sources: Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021); Wang et al.,
+"Interpretability in the Wild", arXiv:2211.00593.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from interp_kit.decisions import Prompt, batches
+
+Cache = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """Something that writes to the residual stream, under the name that people give it."""
+
+    name: str
+    kind: Literal["embed", "head", "mlp", "bias"]
+    layer: int = -1
+    head: int = -1
+
+    def row(self, prompt: Prompt) -> dict[str, Any]:
+        """The axis columns of a table."""
+        return {
+            "prompt": prompt.id,
+            "group": prompt.group,
+            "component": self.name,
+            "kind": self.kind,
+            "layer": self.layer,
+            "head": self.head,
+        }
+
+
+@torch.no_grad()
+def direct_logit_attribution(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """Every component's share of the decision on every prompt.
+
+    Returns one row for each prompt and component: ``prompt group component kind layer head value``;
+    ``component`` as people write them (``embed``, ``L2H3``, ``L2_MLP``); ``kind`` is ``embed``,
+    ``head``, ``mlp`` or ``bias``; ``layer`` and ``head`` are -1 where there is none; ``value`` in
+    logits, positive towards the positive answer. A prompt's values sum to ``pre_cap_decision``.
+
+    Where answers differ in more than one token, this is the first in which they differ.
+
+    Raises ``NotImplementedError`` if the parts do not sum to the model's own decision, which means
+    an architecture that does more between its parts and its logits than is known here.
+    """
+    rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
+    for branch in _branches(bridge, prompts):
+        cache = record_last(bridge, branch.tokens)
+        components, normed = _components(bridge, cache)
+        pattern = "prompt component d_model, prompt d_model -> prompt component"
+        shares = einsum(normed, branch.direction, pattern)
+        if branch.bias.any():
+            components.append(Component(name="UNEMBED_BIAS", kind="bias"))
+            shares = torch.cat([shares, branch.bias[:, None]], 1)
+        _require_sum(shares.sum(1), _measured(cache, branch))
+        for i, own in zip(branch.index, shares.tolist()):
+            rows[i] = [c.row(prompts[i]) | {"value": v} for c, v in zip(components, own)]
+    return pd.DataFrame([row for own in rows for row in own])
+
+
+@torch.no_grad()
+def random_direction_control(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], *, n: int = 64, seed: int = 0
+) -> pd.DataFrame:
+    """The shares of ``n`` random directions, each of the norm of the decision's own direction.
+
+    What a component writes along an arbitrary direction of that length: a share of the decision
+    that is no larger is chance alignment. Returns ``prompt group component kind layer head draw
+    value``, in logits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tables = []
+    for branch in _branches(bridge, prompts):
+        components, normed = _components(bridge, record_last(bridge, branch.tokens))
+        random = torch.randn(bridge.cfg.d_model, n, generator=generator).to(normed.device)
+        random = random / random.norm(dim=0) * branch.direction.norm(dim=1)[:, None, None]
+        pattern = "prompt component d_model, prompt d_model draw -> prompt component draw"
+        shares = einsum(normed, random, pattern)
+        tables += [
+            pd.DataFrame({**component.row(prompts[i]), "draw": range(n), "value": own.tolist()})
+            for row, i in enumerate(branch.index)
+            for component, own in zip(components, shares[row])
+        ]
+    return pd.concat(tables, ignore_index=True)
+
+
+@torch.no_grad()
+def pre_cap_decision(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """What the attributions sum to: the logit difference where the answers part, before any cap.
+
+    Returns ``prompt group value``, in logits, from the model's own forward pass.
+    """
+    values = torch.zeros(len(prompts))
+    for branch in _branches(bridge, prompts):
+        values[branch.index] = _measured(record_last(bridge, branch.tokens), branch).cpu()
+    return pd.DataFrame(
+        {
+            "prompt": [p.id for p in prompts],
+            "group": [p.group for p in prompts],
+            "value": values.tolist(),
+        }
+    )
+
+
+def head_sum_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> float:
+    """Largest difference, in any coordinate, between attention outputs and sums of heads."""
+    worst = 0.0
+    for branch in _branches(bridge, prompts):
+        cache = record_last(bridge, branch.tokens)
+        for layer in range(bridge.cfg.n_layers):
+            parts = head_outputs(bridge, layer, cache).sum(1) + attention_bias(bridge, layer, cache)
+            whole = cache[f"blocks.{layer}.hook_attn_out"]
+            worst = max(worst, float((parts - whole).abs().max()))
+    return worst
+
+
+@torch.no_grad()
+def record_last(bridge: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> Cache:
+    """What ``head_outputs`` and the attributions need, at the last position, by hook name."""
+    names = ["blocks.0.hook_resid_pre", "ln_final.hook_scale", "unembed.hook_out"]
+    for layer, block in enumerate(bridge.blocks):
+        names += [
+            f"blocks.{layer}.{hook}" for hook in ("attn.hook_z", "hook_attn_out", "hook_mlp_out")
+        ]
+        if hasattr(block, "ln1_post"):
+            names.append(f"blocks.{layer}.ln1_post.hook_scale")
+    cache: Cache = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda x, hook: cache.update({name: x[:, -1]})
+
+    bridge.run_with_hooks(
+        tokens.to(bridge.cfg.device),
+        fwd_hooks=[
+            *((name, keep(name)) for name in names),
+            ("unembed.hook_in", lambda x, hook: x[:, -1:]),
+        ],
+    )
+    return cache
+
+
+@torch.no_grad()
+def head_outputs(
+    bridge: TransformerBridge, layer: int, cache: Cache
+) -> Float[Tensor, "prompt head d_model"]:
+    """What every head adds to the residual stream, post-norm included, biases left out.
+
+    Each head's ``z`` goes alone through the model's own output projection, so grouped-query
+    attention, LoRA and quantised weights need no special case. The heads sum to the layer's
+    ``attn_out`` less ``attention_bias``.
+    """
+    block = bridge.blocks[layer]
+    z = cache[f"blocks.{layer}.attn.hook_z"]
+    heads = z.shape[-2]
+    alone = torch.zeros(*z.shape[:-2], heads, heads, z.shape[-1], device=z.device, dtype=z.dtype)
+    alone[..., range(heads), range(heads), :] = z
+    project = block.attn.o.original_component
+    out = project(alone.flatten(-2))
+    out = out - project(torch.zeros_like(alone[:1, :1].flatten(-2)))
+    return _after_attention(bridge, layer, out, cache)
+
+
+@torch.no_grad()
+def attention_bias(
+    bridge: TransformerBridge, layer: int, cache: Cache
+) -> Float[Tensor, "prompt d_model"]:
+    """What the attention output adds whatever the heads do (GPT-2's output bias); often zero."""
+    z = cache[f"blocks.{layer}.attn.hook_z"]
+    nothing = bridge.blocks[layer].attn.o.original_component(torch.zeros_like(z.flatten(-2)))
+    return _after_attention(bridge, layer, nothing[:, None], cache)[:, 0]
+
+
+# ------------------------------------------------------------------------------------- internals
+@dataclass(frozen=True, kw_only=True)
+class _Branch:
+    """Prompts of one length up to where their answers part, and the question asked there."""
+
+    index: list[int]
+    tokens: Int[Tensor, "prompt pos"]
+    ids: Int[Tensor, "prompt 2"]  # of the positive and of the negative answer
+    direction: Float[Tensor, "prompt d_model"]  # W_U[:, positive] - W_U[:, negative]
+    bias: Float[Tensor, "prompt"]  # b_U[positive] - b_U[negative]
+
+
+def _branches(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Iterator[_Branch]:
+    W_U, b_U = bridge.W_U, bridge.b_U
+    for index in batches([(len(p.branch), None) for p in prompts]):
+        ids = torch.tensor([prompts[i].branch_ids for i in index], device=W_U.device)
+        yield _Branch(
+            index=index,
+            tokens=torch.tensor([prompts[i].branch for i in index]),
+            ids=ids,
+            direction=(W_U[:, ids[:, 0]].float() - W_U[:, ids[:, 1]].float()).T,
+            bias=b_U[ids[:, 0]].float() - b_U[ids[:, 1]].float(),
+        )
+
+
+def _measured(cache: Cache, branch: _Branch) -> Float[Tensor, "prompt"]:
+    both = cache["unembed.hook_out"].float().gather(-1, branch.ids)
+    return both[:, 0] - both[:, 1]
+
+
+def _components(
+    bridge: TransformerBridge, cache: Cache
+) -> tuple[list[Component], Float[Tensor, "prompt component d_model"]]:
+    """Every component and what it writes, through the final norm with its statistics frozen."""
+    components = [Component(name="embed", kind="embed")]
+    outputs = [cache["blocks.0.hook_resid_pre"].float()]
+    for layer in range(bridge.cfg.n_layers):
+        heads = head_outputs(bridge, layer, cache)
+        outputs += heads.unbind(1)
+        components += [
+            Component(name=f"L{layer}H{head}", kind="head", layer=layer, head=head)
+            for head in range(heads.shape[1])
+        ]
+        bias = attention_bias(bridge, layer, cache)
+        if bias.any():
+            outputs.append(bias)
+            components.append(Component(name=f"L{layer}_ATTN_BIAS", kind="bias", layer=layer))
+        outputs.append(cache[f"blocks.{layer}.hook_mlp_out"].float())
+        components.append(Component(name=f"L{layer}_MLP", kind="mlp", layer=layer))
+    scale = cache["ln_final.hook_scale"][:, None]
+    normed = _frozen(bridge, "ln_final", torch.stack(outputs, 1), scale)
+    norm_bias = getattr(bridge.ln_final, "bias", None)
+    if norm_bias is not None:
+        components.append(Component(name="FINAL_NORM_BIAS", kind="bias"))
+        normed = torch.cat([normed, norm_bias.float().expand_as(normed[:, :1])], 1)
+    return components, normed
+
+
+def _require_sum(summed: Tensor, measured: Tensor) -> None:
+    worst = float((summed - measured).abs().max())
+    if worst > 0.05 * max(1.0, float(measured.abs().max())):  # bfloat16 stays within
+        raise NotImplementedError(
+            f"the components sum to within {worst:.2g} of the model's decision only; expected a "
+            "residual stream that is the plain sum of attention and MLP outputs, which this "
+            "architecture does not have"
+        )
+
+
+def _after_attention(
+    bridge: TransformerBridge,
+    layer: int,
+    out: Float[Tensor, "prompt head d_model"],
+    cache: Cache,
+) -> Float[Tensor, "prompt head d_model"]:
+    """Through the norm that some models put after attention, its statistics frozen."""
+    name = f"blocks.{layer}.ln1_post"
+    if f"{name}.hook_scale" not in cache:
+        return out.float()
+    return _frozen(bridge, name, out, cache[f"{name}.hook_scale"][:, None])
+
+
+def _frozen(bridge: TransformerBridge, name: str, x: Tensor, scale: Tensor) -> Tensor:
+    """The norm ``name`` as the linear map that it is once its scale is fixed (bias left out)."""
+    norm: Any = bridge.get_submodule(name)
+    gain = norm.weight.float()
+    if getattr(bridge.cfg, "rmsnorm_uses_offset", False):
+        gain = 1 + gain  # Gemma stores the gain less one
+    x = x.float()
+    if not norm.uses_rms_norm:
+        x = x - x.mean(-1, keepdim=True)
+    return x / scale.float() * gain

@@ -1,0 +1,156 @@
+"""Logit lens: what would the model decide if it stopped after layer l?
+
+Every residual stream state is read through the model's own final norm (its statistics recomputed
+for that state) and unembedding, soft cap included, so the last layer is the model's own decision.
+
+Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.tools.analysis import logit_readout
+
+from interp_kit.decisions import Prompt, Sign, teacher_forced
+
+EMBEDDING = -1  # the "layer" before block 0
+
+
+def logit_lens(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """The decision after every block.
+
+    Returns one row for each prompt and layer: ``prompt group layer value``; ``layer`` -1 is the
+    embedding, l the residual stream after block l (``resid_post``); ``value`` is
+    log p(positive) - log p(negative) in nats as read there, summed over the answers' tokens.
+    """
+    values = torch.zeros(len(prompts), bridge.cfg.n_layers + 1)
+    for forced in teacher_forced(prompts):
+        read = max(ids.shape[1] for ids in forced.answers.values())
+        resid = residual_stream(bridge, forced.tokens, read)
+        signs: dict[Sign, int] = {"positive": 1, "negative": -1}
+        for sign, ids in forced.answers.items():
+            at_answer = resid[:, :, -ids.shape[1] :]
+            log_p = logit_readout(bridge, at_answer, targets=ids, return_type="log_probs").values
+            values[forced.index] += signs[sign] * log_p[..., 0].sum(-1).T.cpu()
+    return pd.DataFrame(
+        {
+            "prompt": prompt.id,
+            "group": prompt.group,
+            "layer": layer,
+            "value": float(values[i, layer + 1]),
+        }
+        for i, prompt in enumerate(prompts)
+        for layer in range(EMBEDDING, bridge.cfg.n_layers)
+    )
+
+
+@torch.no_grad()
+def random_direction_lens(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], *, n: int = 64, seed: int = 0
+) -> pd.DataFrame:
+    """A control: the lens along ``n`` random directions of the norm of the decision's own.
+
+    Where the answers part, the decision before any cap is norm(h) . (W_U[:, +] - W_U[:, -]); here
+    that difference is replaced by random vectors of its length. Returns ``prompt group layer draw
+    value``, in logits: what a layer gives by chance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(bridge.cfg.d_model, n, generator=generator).to(bridge.cfg.device)
+    random = random / random.norm(dim=0)
+    tables = []
+    for prompt in prompts:
+        resid = residual_stream(bridge, torch.tensor([prompt.branch]), 1)[:, 0]
+        positive, negative = prompt.branch_ids
+        norm = (bridge.W_U[:, positive].float() - bridge.W_U[:, negative].float()).norm()
+        values = bridge.ln_final(resid)[:, 0].float() @ (random * norm)
+        tables += [
+            pd.DataFrame(
+                {
+                    "prompt": prompt.id,
+                    "group": prompt.group,
+                    "layer": layer,
+                    "draw": range(n),
+                    "value": values[layer + 1].tolist(),
+                }
+            )
+            for layer in range(EMBEDDING, bridge.cfg.n_layers)
+        ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def top_tokens(bridge: TransformerBridge, prompt: Prompt, *, k: int = 5) -> pd.DataFrame:
+    """The ``k`` likeliest next tokens after every block, where the answers part.
+
+    Returns one row for each layer and rank: ``layer rank token p``.
+    """
+    resid = residual_stream(bridge, torch.tensor([prompt.branch]), 1)[:, 0, 0]
+    top = logit_readout(bridge, resid, top_k=k, return_type="probs")
+    assert top.top_ids is not None
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "rank": rank,
+            "token": bridge.tokenizer.decode([int(top.top_ids[layer + 1, rank - 1])]),
+            "p": float(top.values[layer + 1, rank - 1]),
+        }
+        for layer in range(EMBEDDING, bridge.cfg.n_layers)
+        for rank in range(1, k + 1)
+    )
+
+
+def trajectory_statistics(trajectories: pd.DataFrame) -> pd.DataFrame:
+    """One row for each prompt of a ``logit_lens`` table: how the decision came about.
+
+    ``mean std final`` of the decision over the blocks; ``positive_layers negative_layers``, how
+    many blocks end on either side of zero; ``flip_layers``, the blocks after which the sign differs
+    from the block before; ``settled_layer``, the first block from which the sign is the final one
+    and stays so.
+    """
+    rows = []
+    blocks_only = trajectories.loc[trajectories["layer"] > EMBEDDING].sort_values("layer")
+    for key, blocks in blocks_only.groupby(["prompt", "group"], sort=False):
+        prompt, group = cast(tuple[str, str], key)
+        value, positive = blocks.value.to_numpy(), (blocks.value > 0).to_numpy()
+        flips = [
+            layer for layer in range(1, len(positive)) if positive[layer] != positive[layer - 1]
+        ]
+        rows.append(
+            {
+                "prompt": prompt,
+                "group": group,
+                "mean": value.mean(),
+                "std": value.std(),
+                "final": value[-1],
+                "positive_layers": int(positive.sum()),
+                "negative_layers": int((~positive).sum()),
+                "flip_layers": flips,
+                "settled_layer": flips[-1] if flips else 0,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def residual_stream(
+    bridge: TransformerBridge, tokens: Tensor, read: int
+) -> Float[Tensor, "layer prompt read d_model"]:
+    """The embedding and ``resid_post`` of every block, at the last ``read`` positions."""
+    names = ["blocks.0.hook_resid_pre"]
+    names += [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
+    kept: dict[str, Tensor] = {}
+    bridge.run_with_hooks(
+        tokens.to(bridge.cfg.device),
+        fwd_hooks=[
+            *(
+                (name, lambda x, hook, name=name: kept.update({name: x[:, -read:]}))
+                for name in names
+            ),
+            ("unembed.hook_in", lambda x, hook: x[:, -1:]),
+        ],
+    )
+    return torch.stack([kept[name] for name in names])

@@ -1,0 +1,262 @@
+"""A run file -> the cells of its matrix, every parameter checked before a kernel starts.
+
+A notebook says by its parameters how often it runs: one that takes ``model`` runs once for each
+model, one that takes ``models`` once for all of them; likewise ``scenario`` and ``scenarios``.
+Every notebook takes ``output``, the folder that it writes to.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import io
+import json
+import logging
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+import papermill
+from pydantic import TypeAdapter, ValidationError
+
+from interp_kit.specs import (
+    REPOSITORY,
+    InputError,
+    ModelSpec,
+    RunSpec,
+    Scenario,
+    explain,
+    find_model,
+    find_scenario,
+    slug,
+    unknown,
+)
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+ALL_MODELS, ALL_SCENARIOS = "all-models", "all-scenarios"
+SET_BY_RUN = ("model", "models", "scenario", "scenarios", "output")
+VERSIONS = ("transformer-lens", "torch", "transformers", "peft", "plotly", "pandas", "numpy")
+HASHED_WHOLE = 256 * 2**20  # bytes; of a larger weight file the key holds size and time only
+
+# What a parameter's annotation may say.
+TYPES: dict[str, Any] = {t.__name__: t for t in (str, int, float, bool, list, dict, tuple)}
+TYPES |= {"Literal": Literal, "Optional": Optional, "Union": Union, "None": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of one notebook. ``key`` changes whenever its result might."""
+
+    notebook: Path
+    model: str
+    scenario: str
+    parameters: dict[str, Any]
+    folder: Path
+    key: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.notebook.stem}/{self.model}/{self.scenario}"
+
+
+def expand(
+    run: RunSpec,
+    *,
+    outputs: Path,
+    data: str | Path | None = None,
+    only: Sequence[str] = (),
+    notebooks: Path = NOTEBOOKS,
+) -> list[Cell]:
+    """The cells of the matrix, in the order of the run file.
+
+    ``only`` keeps the cells whose id (``notebook/model/scenario``) matches one of its patterns.
+    Raises ``InputError`` for an unknown model, scenario, notebook or parameter, a value of the
+    wrong type, and a pattern that matches nothing.
+    """
+    models = {name: find_model(name, data=data) for name in run.models}
+    scenarios = {name: find_scenario(name, data=data) for name in run.scenarios}
+    cells = []
+    for name, given in run.notebooks.items():
+        file = _find_notebook(name, notebooks)
+        checked = _check_parameters(file, given)
+        for own_models, own_scenarios in _visits(file, run):
+            parameters = checked | own_models | own_scenarios
+            folder = (
+                Path(outputs)
+                / run.name
+                / file.stem
+                / _folder_name(own_models, ALL_MODELS)
+                / _folder_name(own_scenarios, ALL_SCENARIOS)
+            )
+            inputs = [
+                *(_model_hash(models[m]) for m in _names(own_models)),
+                *(_scenario_hash(scenarios[s]) for s in _names(own_scenarios)),
+            ]
+            cells.append(
+                Cell(
+                    notebook=file,
+                    model=folder.parent.name,
+                    scenario=folder.name,
+                    parameters=parameters | {"output": folder.as_posix()},
+                    folder=folder,
+                    key=_key(file, parameters, inputs),
+                )
+            )
+    return _matching(cells, only)
+
+
+def _visits(file: Path, run: RunSpec) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    takes = _parameters(file)
+    if "output" not in takes:
+        raise InputError(f'{file}: its parameters cell lacks `output: str = ""`; add it')
+    by_model = _axis(takes, "model", run.models)
+    by_scenario = _axis(takes, "scenario", run.scenarios)
+    yield from product(by_model, by_scenario)
+
+
+def _axis(takes: dict[str, Any], one: str, names: list[str]) -> list[dict[str, Any]]:
+    if one in takes:
+        return [{one: name} for name in names]
+    return [{f"{one}s": list(names)} if f"{one}s" in takes else {}]
+
+
+def _names(own: dict[str, Any]) -> list[str]:
+    return [v for value in own.values() for v in (value if isinstance(value, list) else [value])]
+
+
+def _folder_name(own: dict[str, Any], for_all: str) -> str:
+    value = next(iter(own.values()), None)
+    return slug(value) if isinstance(value, str) else for_all
+
+
+def _matching(cells: list[Cell], only: Sequence[str]) -> list[Cell]:
+    for pattern in only:
+        if not any(_matches(cell, pattern) for cell in cells):
+            raise InputError(
+                f"--only {pattern!r} matches no cell; expected a pattern for ids such as "
+                f"{cells[0].id!r} (or {cells[0].notebook.stem!r})"
+            )
+    return [c for c in cells if not only or any(_matches(c, pattern) for pattern in only)]
+
+
+def _matches(cell: Cell, pattern: str) -> bool:
+    names = (cell.id, cell.notebook.stem, cell.model, cell.scenario)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+# ------------------------------------------------------------------------------------ parameters
+def _find_notebook(name: str, folder: Path) -> Path:
+    file = folder / f"{slug(name).removesuffix('.ipynb')}.ipynb"
+    if not file.is_file():
+        known = {p.stem for p in folder.glob("*.ipynb")}
+        raise InputError(unknown("notebook", name, known, f"a file in {folder.name}/"))
+    return file
+
+
+def list_notebooks(folder: Path = NOTEBOOKS) -> dict[str, str]:
+    """Notebook name -> its title."""
+    return {p.stem: _title(p) for p in sorted(folder.glob("*.ipynb"))}
+
+
+def _title(file: Path) -> str:
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "markdown":
+            return "".join(cell["source"]).lstrip("# ").splitlines()[0]
+    return ""
+
+
+@cache
+def _parameters(file: Path) -> dict[str, Any]:
+    with contextlib.redirect_stderr(io.StringIO()):
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        found = papermill.inspect_notebook(str(file))
+    if not found:
+        raise InputError(f"{file}: no cell is tagged 'parameters'; tag the one that sets them")
+    return found
+
+
+def _check_parameters(file: Path, given: dict[str, Any]) -> dict[str, Any]:
+    takes = _parameters(file)
+    checked = {}
+    for name, value in given.items():
+        where = f"notebook {file.stem}: parameter {name!r}"
+        if name in SET_BY_RUN:
+            raise InputError(f"{where} is set by the run file's models and scenarios; remove it")
+        if name not in takes:
+            free = sorted(set(takes) - set(SET_BY_RUN))
+            raise InputError(unknown(f"parameter of {file.stem}", name, free, "none at all"))
+        annotation = takes[name]["inferred_type_name"]
+        try:
+            kind = eval(annotation, {"__builtins__": {}}, TYPES)  # noqa: S307 - types only
+        except Exception:
+            raise InputError(f"{where} has the type {annotation!r}, which is not known") from None
+        try:
+            checked[name] = TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise InputError(f"{where} ({annotation}): {explain(error)}") from None
+    return checked
+
+
+# ----------------------------------------------------------------------------------- content keys
+def _key(file: Path, parameters: dict[str, Any], inputs: list[str]) -> str:
+    parts = [
+        _notebook_hash(file),
+        json.dumps(parameters, sort_keys=True),
+        _package_hash(),
+        *inputs,
+        platform.python_version(),
+        *(f"{name}={version(name)}" for name in VERSIONS),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+@cache
+def _notebook_hash(file: Path) -> str:
+    """Of what the notebook does: its sources and tags, not its outputs."""
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    kept = [("".join(c["source"]), c["metadata"].get("tags"), c["cell_type"]) for c in cells]
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+
+
+@cache
+def _package_hash() -> str:
+    package = Path(__file__).resolve().parents[1]
+    return _files_hash(sorted(package.rglob("*.py")), package)
+
+
+def _scenario_hash(scenario: Scenario) -> str:
+    return hashlib.sha256(scenario.model_dump_json().encode()).hexdigest()
+
+
+def _model_hash(spec: ModelSpec) -> str:
+    parts = [spec.model_dump_json(exclude={"base", "adapter"})]
+    for place in (spec.base, spec.adapter):
+        folder = Path(place or "")
+        if place and folder.is_dir():
+            files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
+            parts.append(_files_hash(files, folder))
+        else:
+            parts.append(str(place))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _files_hash(files: list[Path], root: Path) -> str:
+    return hashlib.sha256(
+        "\0".join(f"{f.relative_to(root)}={_file_hash(f, *_stamp(f))}" for f in files).encode()
+    ).hexdigest()
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@cache
+def _file_hash(file: Path, size: int, modified: int) -> str:
+    if size > HASHED_WHOLE:
+        return f"{size}@{modified}"
+    return hashlib.sha256(file.read_bytes()).hexdigest()

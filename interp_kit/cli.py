@@ -1,0 +1,195 @@
+"""The command line: ``interp-kit run | check | report | list | train``."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from interp_kit.specs import (
+    REPOSITORY,
+    InputError,
+    data_folders,
+    list_models,
+    list_scenarios,
+    read_run,
+)
+
+app = typer.Typer(
+    help="What did fine-tuning change inside a model, and which parts cause the behaviour?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunFile = Annotated[Path, typer.Argument(help="A run file, e.g. papermill_params/demo.yaml.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="A folder of your own with models/ and scenarios/, searched first."),
+]
+Outputs = Annotated[Path, typer.Option(help="Where results go.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Run only what matches: a notebook, a model, a scenario, or notebook/model/scenario. "
+        "Wildcards * and ? are allowed; may be given several times."
+    ),
+]
+
+
+@app.command()
+def run(
+    run_file: RunFile,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Notebooks at once; the cores are shared between them.")
+    ] = os.cpu_count() or 1,
+    only: Only = None,
+    data: Data = None,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Run every notebook x model x scenario of a run file; what is up to date is skipped."""
+    from interp_kit.batch.matrix import expand
+    from interp_kit.batch.runner import run_cells, stale
+
+    spec = read_run(run_file)
+    cells = expand(spec, outputs=outputs, data=data, only=only or [])
+    todo = stale(cells)
+    if todo:
+        _preflight(todo, data)
+    outcomes = run_cells(cells, workers=workers, data=data)
+    index = _write_report(spec.name, spec.about, expand(spec, outputs=outputs, data=data), outputs)
+    _print_table(outcomes)
+    typer.echo(f"Report: {index}")
+    if any(o.state == "error" for o in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(run_file: RunFile, data: Data = None, only: Only = None) -> None:
+    """Check a run file, its parameters, models and scenarios; run nothing."""
+    from interp_kit.batch.matrix import expand
+
+    cells = expand(read_run(run_file), outputs=Path("outputs"), data=data, only=only or [])
+    _preflight(cells, data)
+    typer.echo(f"{run_file}: {len(cells)} cells, all inputs are good")
+
+
+@app.command()
+def report(run_file: RunFile, data: Data = None, outputs: Outputs = Path("outputs")) -> None:
+    """Write the report of a run again from its outputs; run nothing."""
+    from interp_kit.batch.matrix import expand
+
+    spec = read_run(run_file)
+    cells = expand(spec, outputs=outputs, data=data)
+    typer.echo(f"Report: {_write_report(spec.name, spec.about, cells, outputs)}")
+
+
+@app.command("list")
+def list_() -> None:
+    """Show the models, scenarios and notebooks that a run file may name."""
+    from interp_kit.batch.matrix import list_notebooks
+
+    _print_list("models", {m.name: m.about or m.base for m in list_models()})
+    _print_list("scenarios", {s.name: s.about for s in list_scenarios()})
+    _print_list("notebooks", list_notebooks())
+    typer.echo("searched: " + ", ".join(map(str, data_folders())))
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="tiny-gemma2, ipd-strategic, ..., or all.")],
+    data: Annotated[
+        Path, typer.Option(help="The data folder to write into (models/NAME in it).")
+    ] = REPOSITORY / "data",
+) -> None:
+    """Train a shipped model again from its recipe (the base: about 40 minutes on two cores)."""
+    from interp_kit.finetuning.organisms import train_organism
+
+    train_organism(name, data=data)
+
+
+def main() -> NoReturn:
+    """Exit codes: 0 all well, 1 a cell failed, 2 something that was written cannot be used."""
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        typer.echo(f"interp-kit: {error}", err=True)
+        sys.exit(2)
+    sys.exit(0)
+
+
+# ------------------------------------------------------------------------------------- internals
+def _preflight(cells, data: Path | None) -> None:
+    from interp_kit.preflight import check_inputs
+
+    def named(parameters: dict, one: str) -> list[str]:
+        return [parameters[one]] if one in parameters else parameters.get(f"{one}s", [])
+
+    check_inputs(
+        {
+            (model, scenario): None
+            for cell in cells
+            for model in named(cell.parameters, "model")
+            for scenario in named(cell.parameters, "scenario")
+        },
+        data=data,
+    )
+
+
+def _write_report(name: str, about: str, cells, outputs: Path) -> Path:
+    from interp_kit.batch.matrix import list_notebooks
+    from interp_kit.batch.runner import read_status
+    from interp_kit.reporting.gallery import write_gallery
+
+    titles = list_notebooks()
+    entries = []
+    for cell in cells:
+        status = read_status(cell.folder)
+        if status:
+            entries.append(
+                {
+                    "notebook": cell.notebook.stem,
+                    "title": titles.get(cell.notebook.stem, ""),
+                    "model": cell.model,
+                    "scenario": cell.scenario,
+                    "folder": cell.folder,
+                    "state": status["state"],
+                    "error": status.get("error", ""),
+                }
+            )
+    if not entries:
+        raise InputError(f"{outputs / name} holds no results; run `interp-kit run` first")
+    return write_gallery(outputs / name, title=name, about=about, cells=entries)
+
+
+def _print_table(outcomes) -> None:
+    counts = {state: 0 for state in ("ok", "up to date", "error")}
+    for outcome in outcomes:
+        counts[outcome.state] += 1
+    by_notebook: dict[str, list] = {}
+    for outcome in outcomes:
+        by_notebook.setdefault(outcome.cell.notebook.stem, []).append(outcome)
+    typer.echo(f"\n{'notebook':<28}{'cells':>6}{'ok':>6}{'skipped':>9}{'failed':>8}{'seconds':>9}")
+    for notebook, own in by_notebook.items():
+        states = [o.state for o in own]
+        typer.echo(
+            f"{notebook:<28}{len(own):>6}{states.count('ok'):>6}{states.count('up to date'):>9}"
+            f"{states.count('error'):>8}{sum(o.seconds for o in own):>9.1f}"
+        )
+    for outcome in outcomes:
+        if outcome.state == "error":
+            first_line = (outcome.error.splitlines() or [""])[0]
+            typer.echo(f"failed: {outcome.cell.id}: {first_line}", err=True)
+    typer.echo(f"{counts['ok']} ok, {counts['up to date']} up to date, {counts['error']} failed")
+
+
+def _print_list(title: str, entries: dict[str, str]) -> None:
+    typer.echo(f"{title}:")
+    width = max(map(len, entries), default=0)
+    for name, about in entries.items():
+        typer.echo(f"  {name:<{width}}  {about}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Prompts and answers -> tokens, and the decision that every analysis is about.
+
+decision = log p(positive answer | prompt) - log p(negative answer | prompt), in nats, of the whole
+answers. Positive values favour the answer that the scenario names ``positive``. Where the answers
+share their first tokens and differ in one, teacher-forcing the shared tokens makes this exactly the
+logit difference of the two differing tokens: the normaliser cancels.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, Literal, Protocol
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from interp_kit.specs import InputError, Scenario
+
+MAX_TOKENS = 8192  # tokens in one forward pass: bounds memory, not results
+
+Sign = Literal["positive", "negative"]
+
+
+class Tokenizing(Protocol):
+    """What encoding needs of a model: a ``TransformerBridge`` has it, and so has a bare config.
+
+    ``tokenizer`` of Hugging Face; ``cfg`` with ``default_prepend_bos d_vocab n_ctx``.
+    """
+
+    tokenizer: Any
+    cfg: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt and its two answers as token ids.
+
+    ``text`` is what was tokenized, chat template included; ``counterfactual`` are the token ids of
+    the prompt that asks for the other answer, if there is one.
+    """
+
+    id: str
+    group: str = ""
+    text: str
+    tokens: tuple[int, ...]
+    positive: tuple[int, ...]
+    negative: tuple[int, ...]
+    positive_label: str = "positive"
+    negative_label: str = "negative"
+    counterfactual: tuple[int, ...] | None = None
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The tokens that both answers begin with."""
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(self.positive, self.negative))
+        return tuple(first for first, _ in pairs)
+
+    @property
+    def branch(self) -> tuple[int, ...]:
+        """Prompt and shared tokens: its last position is where the answers part."""
+        return self.tokens + self.shared
+
+    @property
+    def branch_ids(self) -> tuple[int, int]:
+        """The first tokens in which the answers differ: (positive, negative)."""
+        at = len(self.shared)
+        return self.positive[at], self.negative[at]
+
+    @property
+    def one_branch(self) -> bool:
+        """Whether the answers differ in their last token only."""
+        return self.positive[:-1] == self.negative[:-1]
+
+    def swapped(self) -> "Prompt":
+        """The counterfactual as a prompt of its own, with this one as its counterfactual."""
+        if self.counterfactual is None:
+            raise InputError(f"prompt {self.id!r} has no counterfactual; add one to the scenario")
+        return replace(
+            self, text="", tokens=self.counterfactual, counterfactual=self.tokens, id=f"{self.id}*"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forced:
+    """Prompts of one length, each followed by an answer but for its last token.
+
+    ``tokens[i]`` belongs to ``prompts[index[i]]``; the last ``answers[sign].shape[1]`` positions
+    predict ``answers[sign]``.
+    """
+
+    index: list[int]
+    tokens: Int[Tensor, "prompt pos"]
+    answers: dict[Sign, Int[Tensor, "prompt answer"]]
+
+
+def encode(
+    bridge: Tokenizing,
+    text: str,
+    *,
+    positive: str,
+    negative: str,
+    id: str = "0",
+    group: str = "",
+    counterfactual: str | None = None,
+    labels: tuple[str, str] = ("positive", "negative"),
+) -> Prompt:
+    """Tokenize one prompt as in generation: chat template where the tokenizer has one, then BOS.
+
+    Answers are what the tokenizer adds to the prompt: give the leading space, except after a chat
+    template, where a leading space is dropped.
+
+    Raises ``InputError`` if the answers have the same token ids, if one begins with the other, or
+    if the prompt does not fit into the context.
+    """
+    formatted = _formatted(bridge, text)
+    if formatted != text:
+        positive, negative = positive.lstrip(), negative.lstrip()
+    tokens = _ids(bridge, formatted)
+    answers = [_answer_ids(bridge, formatted, tokens, a) for a in (positive, negative)]
+    swapped = None if counterfactual is None else _ids(bridge, _formatted(bridge, counterfactual))
+    prompt = Prompt(
+        id=id,
+        group=group,
+        text=formatted,
+        tokens=tokens,
+        positive=answers[0],
+        negative=answers[1],
+        positive_label=labels[0],
+        negative_label=labels[1],
+        counterfactual=swapped,
+    )
+    _check(bridge, prompt, positive, negative)
+    return prompt
+
+
+def encode_scenario(bridge: Tokenizing, scenario: Scenario) -> list[Prompt]:
+    """Every prompt of the scenario, tokenized for this model."""
+    decision = scenario.decision
+    return [
+        encode(
+            bridge,
+            prompt.text,
+            positive=decision.positive,
+            negative=decision.negative,
+            id=prompt.id,
+            group=prompt.group,
+            counterfactual=prompt.counterfactual,
+            labels=(decision.labels.positive, decision.labels.negative),
+        )
+        for prompt in scenario.prompts
+    ]
+
+
+def with_random_answers(
+    bridge: Tokenizing, prompts: Sequence[Prompt], *, n: int = 16, seed: int = 0
+) -> list[Prompt]:
+    """A control: every prompt ``n`` times, each time with two random tokens as its answers.
+
+    What an analysis finds for these is what it finds for a decision that the prompt does not ask
+    for. Ids stay those of the prompts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(bridge.cfg.d_vocab, len(bridge.tokenizer))
+    controls = []
+    for prompt in prompts:
+        for _ in range(n):
+            first, second = torch.randperm(size, generator=generator)[:2].tolist()
+            controls.append(replace(prompt, positive=(first,), negative=(second,)))
+    return controls
+
+
+def decide(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """The decision on every prompt.
+
+    Columns: ``prompt``, ``group``; ``value``, the decision in nats; ``p_positive``, the probability
+    of the positive answer given that one of the two is given; ``answer_mass``, the probability that
+    one of the two is given at all; ``action``, the label of the likelier answer.
+    """
+    log_p = answer_log_probs(bridge, prompts)
+    value = log_p["positive"] - log_p["negative"]
+    return pd.DataFrame(
+        {
+            "prompt": [p.id for p in prompts],
+            "group": [p.group for p in prompts],
+            "value": value.tolist(),
+            "p_positive": value.sigmoid().tolist(),
+            "answer_mass": (log_p["positive"].exp() + log_p["negative"].exp()).tolist(),
+            "action": [
+                p.positive_label if v > 0 else p.negative_label for p, v in zip(prompts, value)
+            ],
+        }
+    )
+
+
+@torch.no_grad()
+def answer_log_probs(
+    bridge: TransformerBridge, prompts: Sequence[Prompt]
+) -> dict[Sign, Float[Tensor, "prompt"]]:
+    """log p(answer | prompt) in nats, of each whole answer."""
+    totals: dict[Sign, Tensor] = {
+        "positive": torch.zeros(len(prompts)),
+        "negative": torch.zeros(len(prompts)),
+    }
+    for forced in teacher_forced(prompts):
+        read = max(ids.shape[1] for ids in forced.answers.values())
+        logits = last_logits(bridge, forced.tokens, read)
+        log_p = logits.float().log_softmax(-1).cpu()
+        for sign, ids in forced.answers.items():
+            chosen = log_p[:, -ids.shape[1] :].gather(-1, ids[..., None])
+            totals[sign][forced.index] = chosen[..., 0].sum(-1)
+    return totals
+
+
+def teacher_forced(prompts: Sequence[Prompt]) -> Iterator[Forced]:
+    """Batches of prompts of one length with their answers; no padding, so no masks to get wrong.
+
+    Answers that differ in their last token only share one forward pass; others take two.
+    """
+    for index in batches([(len(p.tokens), _answer_shape(p)) for p in prompts]):
+        ours = [prompts[i] for i in index]
+        answers: dict[Sign, list[tuple[int, ...]]] = {
+            "positive": [p.positive for p in ours],
+            "negative": [p.negative for p in ours],
+        }
+        if all(p.one_branch for p in ours):
+            yield _forced(ours, index, answers)
+        else:
+            for sign, ids in answers.items():
+                yield _forced(ours, index, {sign: ids})
+
+
+def batches(shapes: Sequence[tuple[int, object]]) -> Iterator[list[int]]:
+    """Indices of items of equal shape ``(length, anything)``, at most ``MAX_TOKENS`` at once."""
+    for shape in dict.fromkeys(shapes):
+        same = [i for i, other in enumerate(shapes) if other == shape]
+        size = max(1, MAX_TOKENS // shape[0])
+        yield from (same[i : i + size] for i in range(0, len(same), size))
+
+
+def last_logits(
+    bridge: TransformerBridge, tokens: Int[Tensor, "prompt pos"], read: int
+) -> Float[Tensor, "prompt read vocab"]:
+    """The model's logits at the last ``read`` positions only; the others are never unembedded."""
+    return bridge.run_with_hooks(
+        tokens.to(bridge.cfg.device),
+        fwd_hooks=[("unembed.hook_in", lambda resid, hook: resid[:, -read:])],
+    )
+
+
+# ------------------------------------------------------------------------------------- internals
+def _forced(
+    prompts: list[Prompt], index: list[int], answers: dict[Sign, list[tuple[int, ...]]]
+) -> Forced:
+    forced = next(iter(answers.values()))
+    return Forced(
+        index=index,
+        tokens=torch.tensor([p.tokens + a[:-1] for p, a in zip(prompts, forced)]),
+        answers={sign: torch.tensor(ids) for sign, ids in answers.items()},
+    )
+
+
+def _answer_shape(prompt: Prompt) -> tuple[int, int, bool]:
+    return len(prompt.positive), len(prompt.negative), prompt.one_branch
+
+
+def _formatted(bridge: Tokenizing, text: str) -> str:
+    tokenizer = bridge.tokenizer
+    if not tokenizer.chat_template:
+        return text
+    turn = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+
+
+def _ids(bridge: Tokenizing, text: str) -> tuple[int, ...]:
+    tokenizer = bridge.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    wanted = bridge.cfg.default_prepend_bos and bos is not None and bos < bridge.cfg.d_vocab
+    if wanted and ids[:1] != [bos]:  # a chat template brings its own
+        ids = [bos, *ids]
+    return tuple(ids)
+
+
+def _answer_ids(
+    bridge: Tokenizing, text: str, tokens: tuple[int, ...], answer: str
+) -> tuple[int, ...]:
+    """What the answer adds to the prompt's tokens.
+
+    Where the tokenizer would merge the end of the prompt with the answer (a prompt that ends in a
+    space, say), the prompt stays as a user sends it and the answer is tokenized alone: that is what
+    generation continues from.
+    """
+    whole = _ids(bridge, text + answer)
+    if whole[: len(tokens)] == tokens:
+        return whole[len(tokens) :]
+    return tuple(bridge.tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
+def _check(bridge: Tokenizing, prompt: Prompt, positive: str, negative: str) -> None:
+    shown = [
+        f"{text!r} -> {bridge.tokenizer.convert_ids_to_tokens(list(ids))}"
+        for text, ids in ((positive, prompt.positive), (negative, prompt.negative))
+    ]
+    if prompt.shared in (prompt.positive, prompt.negative):
+        same = (
+            "are the same tokens"
+            if prompt.positive == prompt.negative
+            else "begin alike to the end"
+        )
+        raise InputError(
+            f"prompt {prompt.id!r}: the answers {same} for this tokenizer ({'; '.join(shown)}); "
+            "expected answers that part at some token: reword them, or end both with a period"
+        )
+    longest = len(prompt.tokens) + max(len(prompt.positive), len(prompt.negative))
+    if longest > bridge.cfg.n_ctx:
+        raise InputError(
+            f"prompt {prompt.id!r}: {longest} tokens with its answer, the model's context holds "
+            f"{bridge.cfg.n_ctx}; shorten it"
+        )

@@ -1,0 +1,341 @@
+"""Model specs -> ``TransformerBridge``: many LoRA adapters on one base, switched in milliseconds.
+
+Safetensors only, ``trust_remote_code`` only where the spec asks for it, and the network only for
+what is neither a local folder nor in the Hugging Face cache.
+"""
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from interp_kit.decisions import Tokenizing
+from interp_kit.specs import InputError, ModelSpec, find_model
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """One base in memory, and the PEFT names of the adapters on it."""
+
+    bridge: TransformerBridge
+    adapters: dict[str, str]  # model name -> PEFT adapter name
+
+
+class Models:
+    """Several fine-tunes on as few bases as they have, loaded when first asked for.
+
+    ``switch`` hands out the *same* bridge for every adapter of one base: what it computes next is
+    the model that was switched to last.
+    """
+
+    def __init__(self, specs: Iterable[ModelSpec], *, device: str | None = None) -> None:
+        self.specs = {spec.name: spec for spec in specs}
+        self.device = device or _default_device()
+        self._loaded: dict[tuple[Any, ...], _Loaded] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def title(self, name: str) -> str:
+        """How figures and tables call the model."""
+        return self.specs[name].title
+
+    def switch(self, name: str) -> TransformerBridge:
+        """The bridge, computing as model ``name``: its base and exactly its adapter."""
+        if name not in self.specs:
+            raise InputError(f"model {name!r} was not loaded; expected one of {list(self.specs)}")
+        loaded = self._load(self.specs[name])
+        if not loaded.adapters:
+            return loaded.bridge
+        model: Any = loaded.bridge.original_model
+        if name in loaded.adapters:
+            model.enable_adapters()
+            model.set_adapter(loaded.adapters[name])
+            model.requires_grad_(False)  # set_adapter makes the adapter trainable
+        else:
+            model.disable_adapters()
+        return loaded.bridge
+
+    def _load(self, spec: ModelSpec) -> _Loaded:
+        key = _same_base(spec)
+        if key not in self._loaded:
+            tuned = [s for s in self.specs.values() if s.adapter and _same_base(s) == key]
+            self._loaded[key] = _boot(spec, tuned, self.device)
+        return self._loaded[key]
+
+
+def load_models(
+    names: Iterable[str], *, data: str | Path | None = None, device: str | None = None
+) -> Models:
+    """Models by name, folder or Hugging Face id; ``device`` defaults to a GPU if there is one."""
+    return Models([find_model(name, data=data) for name in names], device=device)
+
+
+def load_model(
+    name: str, *, data: str | Path | None = None, device: str | None = None
+) -> TransformerBridge:
+    """One model as a ``TransformerBridge``, in evaluation mode, without gradients.
+
+    Raises ``InputError`` for an unknown name, weights that are missing, corrupt or pickled, and an
+    adapter made for another base.
+    """
+    return load_models([name], data=data, device=device).switch(name)
+
+
+def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
+    """The model as plain Hugging Face and PEFT compute it: the reference for the bridge."""
+    model: Any = _base_model(spec)
+    if spec.adapter:
+        from peft import PeftModel
+
+        folder = _adapter_folder(spec)
+        _check_adapter(spec, folder, model)
+        with _quiet():
+            model = PeftModel.from_pretrained(model, str(folder))
+    return model.to(device or _default_device()).eval()
+
+
+def inspect_model(spec: ModelSpec) -> Tokenizing:
+    """What encoding needs of the model, without its weights; their files are checked on the way.
+
+    Raises what loading would raise, in a fraction of the time.
+    """
+    config = _local_first(
+        lambda **kwargs: AutoConfig.from_pretrained(
+            spec.base,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            **kwargs,
+        ),
+        spec.base,
+        spec.name,
+    )
+    if Path(spec.base).is_dir():
+        _check_weight_files(Path(spec.base), spec.name)
+    if spec.adapter:
+        with torch.device("meta"), _quiet():
+            shape = AutoModelForCausalLM.from_config(config)
+        _check_adapter(spec, _adapter_folder(spec), shape)
+    tokenizer = _tokenizer(spec)
+    text = config.get_text_config()
+    cfg = SimpleNamespace(
+        default_prepend_bos=spec.prepend_bos and tokenizer.bos_token_id is not None,
+        d_vocab=text.vocab_size,
+        n_ctx=getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length,
+    )
+    return cast(Tokenizing, SimpleNamespace(tokenizer=tokenizer, cfg=cfg))
+
+
+# ------------------------------------------------------------------------------------- internals
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _same_base(spec: ModelSpec) -> tuple[Any, ...]:
+    return (spec.base, spec.revision, spec.dtype, spec.chat_template, spec.prepend_bos)
+
+
+def _boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> _Loaded:
+    model: Any = _base_model(spec)
+    adapters = {}
+    for i, adapted in enumerate(tuned):
+        folder = _adapter_folder(adapted)
+        _check_adapter(adapted, folder, model)
+        # PEFT names must not hold dots, and must not occur in the base's parameter names.
+        adapters[adapted.name] = f"finetune_{i}"
+        with _quiet():
+            model.load_adapter(str(folder), adapter_name=adapters[adapted.name])
+    tokenizer = _tokenizer(spec)
+    has_bos = tokenizer.bos_token_id is not None
+    with _quiet():
+        bridge = TransformerBridge.boot_transformers(
+            spec.base,
+            hf_model=model.to(device),
+            tokenizer=tokenizer,
+            device=device,
+            dtype=getattr(torch, spec.dtype),
+        )
+    # Booting invents a BOS for a tokenizer without one; prompts must not get that.
+    bridge.cfg.default_prepend_bos = spec.prepend_bos and has_bos
+    bridge.eval().requires_grad_(False)
+    return _Loaded(bridge=bridge, adapters=adapters)
+
+
+def _base_model(spec: ModelSpec) -> PreTrainedModel:
+    def load(**kwargs: Any) -> PreTrainedModel:
+        with _quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                spec.base,
+                revision=spec.revision,
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation="eager",  # the bridge needs it, and Gemma-2 refuses sdpa
+                use_safetensors=True,
+                trust_remote_code=spec.trust_remote_code,
+                **kwargs,
+            )
+
+    if Path(spec.base).is_dir():
+        _check_weight_files(Path(spec.base), spec.name)
+    return _local_first(load, spec.base, spec.name)
+
+
+def _tokenizer(spec: ModelSpec) -> Any:
+    def load(**kwargs: Any) -> Any:
+        return AutoTokenizer.from_pretrained(
+            spec.base,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            **kwargs,
+        )
+
+    tokenizer = _local_first(load, spec.base, spec.name)
+    if spec.chat_template and not tokenizer.chat_template:
+        raise InputError(
+            f"model {spec.name!r}: chat_template is true, but its tokenizer has none; "
+            "set it to false or give a model with one"
+        )
+    if not spec.chat_template:
+        tokenizer.chat_template = None
+    return tokenizer
+
+
+def _local_first(load: Any, source: str, name: str) -> Any:
+    """``load`` from disk; only what is not on disk is asked of the hub."""
+    try:
+        return load(local_files_only=True)
+    except SafetensorError as error:
+        raise InputError(
+            f"model {name!r}: a weight file is corrupt ({error}); copy it anew"
+        ) from None
+    except (OSError, ValueError) as first:
+        if Path(source).is_dir():
+            raise InputError(f"model {name!r}: {_first_line(first)}") from None
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model {name!r}: {source!r} is neither on disk nor to be had from the Hugging Face "
+            f"hub ({_first_line(error)}); download it, check the id, or log in if it is gated"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_weight_files(folder: Path, name: str) -> None:
+    weights = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if not weights:
+        came = (
+            f"found only {', '.join(pickles)} (pickle, which can run code)" if pickles else "none"
+        )
+        raise InputError(
+            f"model {name!r}: expected *.safetensors in {folder}, {came}; "
+            "convert or copy the weights as safetensors"
+        )
+    for file in weights:
+        _tensor_shapes(file, name)
+
+
+def _tensor_shapes(file: Path, name: str) -> dict[str, list[int]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tensors.get_slice(key).get_shape() for key in sorted(tensors.keys())}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"model {name!r}: {file} is not readable as safetensors ({_first_line(error)}); "
+            "copy it anew"
+        ) from None
+
+
+def _adapter_folder(spec: ModelSpec) -> Path:
+    """The adapter's local folder, fetched from the hub if it is an id."""
+    assert spec.adapter is not None
+    folder = Path(spec.adapter)
+    if not folder.is_dir():
+
+        def load(**kwargs: Any) -> str:
+            return snapshot_download(
+                str(spec.adapter),
+                revision=spec.adapter_revision,
+                allow_patterns=["*.json", "*.safetensors"],
+                **kwargs,
+            )
+
+        folder = Path(_local_first(load, spec.adapter, spec.name))
+    for needed in ("adapter_config.json", ADAPTER_WEIGHTS):
+        if not (folder / needed).is_file():
+            pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
+            came = f"; {pickled[0]} is a pickle, which can run code" if pickled else ""
+            raise InputError(
+                f"model {spec.name!r}: adapter folder {folder} lacks {needed}{came}; "
+                "save the adapter with PEFT's save_pretrained (safetensors)"
+            )
+    return folder
+
+
+def _check_adapter(spec: ModelSpec, folder: Path, model: PreTrainedModel) -> None:
+    """Refuse an adapter whose modules or widths are not those of this base."""
+    try:
+        made_for = json.loads((folder / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"model {spec.name!r}: {folder / 'adapter_config.json'} is not a PEFT adapter config "
+            f"({error}); save the adapter with PEFT's save_pretrained"
+        ) from None
+    wrong_base = (
+        f"model {spec.name!r}: its adapter was made for {made_for!r}, not for "
+        f"{spec.base_name or spec.base!r}"
+    )
+    if spec.base_name and made_for and "/" not in made_for and made_for != spec.base_name:
+        raise InputError(f"{wrong_base}; set base to the model that it was trained on")
+    modules = dict(model.named_modules())
+    for key, shape in _tensor_shapes(folder / ADAPTER_WEIGHTS, spec.name).items():
+        path, _, kind = key.removeprefix("base_model.model.").partition(".lora_")
+        if not kind.startswith(("A.", "B.")):
+            continue
+        linear = modules.get(path)
+        base_shape = getattr(getattr(linear, "weight", None), "shape", None)
+        width = None if base_shape is None else base_shape[1 if kind.startswith("A.") else 0]
+        # GPT-2's Conv1D stores its weight transposed.
+        if type(linear).__name__ == "Conv1D" and base_shape is not None:
+            width = base_shape[0 if kind.startswith("A.") else 1]
+        got = shape[1] if kind.startswith("A.") else shape[0]
+        if width is not None and width != got:
+            raise InputError(
+                f"{wrong_base}: {path} has width {width} there and {got} in the adapter"
+            )
+        if linear is None and not path.endswith(("experts", "experts.base_layer")):
+            raise InputError(f"{wrong_base}: the base has no module {path}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the bars, notices and deprecations of transformers while it loads; errors still show."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

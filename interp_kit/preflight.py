@@ -1,0 +1,31 @@
+"""Checks what only the model's own files can tell, before any kernel starts or anything is written.
+
+No weights are loaded: configurations, tokenizers and the headers of the weight files suffice.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from interp_kit.decisions import encode_scenario
+from interp_kit.loading import inspect_model
+from interp_kit.specs import InputError, find_model, find_scenario
+
+
+def check_inputs(pairs: Iterable[tuple[str, str]], *, data: str | Path | None = None) -> None:
+    """Check every model, and every scenario as its tokenizer sees it.
+
+    ``pairs`` are (model, scenario) as a run file names them. Raises ``InputError`` for weights that
+    are missing, corrupt or pickled, an adapter made for another base, answers that tokenize alike
+    and prompts longer than the context.
+    """
+    pairs = list(pairs)
+    models = list(dict.fromkeys(model for model, _ in pairs))
+    for name in tqdm(models, desc="checking models", unit="model", leave=False):
+        tokenizing = inspect_model(find_model(name, data=data))
+        for scenario in dict.fromkeys(s for m, s in pairs if m == name):
+            try:
+                encode_scenario(tokenizing, find_scenario(scenario, data=data))
+            except InputError as error:
+                raise InputError(f"model {name!r}, scenario {scenario!r}: {error}") from None

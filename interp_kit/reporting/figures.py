@@ -1,0 +1,231 @@
+"""Plotly figures from tidy tables. Signed values get a diverging scale centred on zero."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from IPython.display import HTML
+from plotly.subplots import make_subplots
+
+# Blue-orange-green-... of Okabe and Ito (2008): told apart by colour-blind readers.
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+DIVERGING = "RdBu_r"  # red positive, blue negative
+CONTROL = "#8A8A8A"
+
+
+def signed_axis(positive: str, negative: str, *, unit: str = "nats") -> str:
+    """An axis title that states the sign: ``decision (nats): > 0 defect, < 0 cooperate``."""
+    return f"decision ({unit}): > 0 {escape(positive)}, < 0 {escape(negative)}"
+
+
+def trajectories(
+    table: pd.DataFrame,
+    *,
+    series: str = "series",
+    y_title: str,
+    title: str,
+    control: Sequence[str] = (),
+) -> go.Figure:
+    """``value`` by ``layer``, a line with its interval for each value of ``series``.
+
+    Expects ``layer value low high`` and ``series``; series named in ``control`` are drawn grey.
+    """
+    figure = go.Figure()
+    for i, (name, own) in enumerate(table.groupby(series, sort=False)):
+        grey = name in control
+        color = CONTROL if grey else PALETTE[i % len(PALETTE)]
+        _line_with_band(figure, own, name=str(name), color=color, dash="dot" if grey else "solid")
+    figure.add_hline(y=0, line={"color": "black", "width": 1})
+    figure.update_xaxes(title="layer (-1 = embedding)", dtick=_tick(table.layer))
+    figure.update_yaxes(title=y_title)
+    return _styled(figure, title)
+
+
+def trajectory_grid(
+    table: pd.DataFrame, *, panel: str, series: str, y_title: str, title: str
+) -> go.Figure:
+    """One small ``trajectories`` figure for each value of ``panel``, on common axes."""
+    panels = list(table[panel].unique())
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = make_subplots(
+        rows, columns, shared_xaxes=True, shared_yaxes=True, subplot_titles=list(map(str, panels)),
+        vertical_spacing=0.12, horizontal_spacing=0.04,
+    )  # fmt: skip
+    colors = dict(zip(table[series].unique(), PALETTE * 10))
+    for i, shown in enumerate(panels):
+        at: dict[str, Any] = {"row": i // columns + 1, "col": i % columns + 1}
+        here: pd.DataFrame = table.loc[table[panel] == shown]
+        for name, own in here.groupby(series, sort=False):
+            _line_with_band(
+                figure, own, name=str(name), color=colors[name], dash="solid", legend=i == 0, **at
+            )
+        figure.add_hline(y=0, line={"color": "black", "width": 1}, **at)
+    figure.update_xaxes(title="layer", row=rows)
+    figure.update_yaxes(title=y_title, col=1, row=(rows + 1) // 2)
+    return _styled(figure, title).update_layout(height=260 * rows + 120)
+
+
+def heatmap(
+    table: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    title: str,
+    color_title: str,
+    x_labels: Sequence[str] | None = None,
+    text: bool = False,
+) -> go.Figure:
+    """``value`` over ``x`` and ``y``, zero-centred; ``x_labels`` name the x values in order."""
+    grid = table.pivot(index=y, columns=x, values="value")
+    grid = grid.loc[list(dict.fromkeys(table[y])), list(dict.fromkeys(table[x]))]
+    bound = float(grid.abs().max().max()) or 1.0
+    labels = list(map(str, grid.columns)) if x_labels is None else [escape(v) for v in x_labels]
+    ticks = list(range(len(labels)))
+    figure = go.Figure(
+        go.Heatmap(
+            z=grid.to_numpy(),
+            x=ticks,
+            y=[escape(str(v)) for v in grid.index],
+            zmin=-bound,
+            zmax=bound,
+            colorscale=DIVERGING,
+            colorbar={"title": {"text": color_title, "side": "right"}},
+            customdata=[labels] * len(grid),
+            hovertemplate=f"{y} %{{y}}<br>{x} %{{customdata}}<br>%{{z:.3f}}<extra></extra>",
+            texttemplate="%{z:.2f}" if text else None,
+        )
+    )
+    figure.update_xaxes(title=x, tickvals=ticks, ticktext=labels, showgrid=False)
+    figure.update_yaxes(title=y, type="category", showgrid=False)
+    height = max(320, 26 * len(grid) + 160)
+    return _styled(figure, title).update_layout(height=height)
+
+
+def bars(
+    table: pd.DataFrame, *, label: str, title: str, x_title: str, series: str | None = None
+) -> go.Figure:
+    """Horizontal bars of ``value`` with intervals, in the table's order from the top."""
+    figure = go.Figure()
+    groups = [("", table)] if series is None else list(table.groupby(series, sort=False))
+    for i, (name, own) in enumerate(groups):
+        error = None
+        if {"low", "high"} <= set(own) and own.high.notna().any():
+            error = {
+                "type": "data",
+                "array": own.high - own.value,
+                "color": "black",
+                "thickness": 1,
+            }
+        color = (
+            [PALETTE[1] if v > 0 else PALETTE[0] for v in own.value]
+            if series is None
+            else PALETTE[i % len(PALETTE)]
+        )
+        figure.add_bar(
+            x=own.value,
+            y=[escape(str(v)) for v in own[label]],
+            error_x=error,
+            name=escape(str(name)),
+            marker_color=color,
+            orientation="h",
+            showlegend=series is not None,
+        )
+    figure.add_vline(x=0, line={"color": "black", "width": 1})
+    figure.update_yaxes(autorange="reversed", type="category", title=label)
+    figure.update_xaxes(title=x_title)
+    height = max(320, 22 * table[label].nunique() * max(1, len(groups) // 2) + 160)
+    return _styled(figure, title).update_layout(height=height)
+
+
+def token_grid(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """The likeliest tokens (``layer rank token p``): probability as colour, the token as text."""
+    grid = table.pivot(index="layer", columns="rank", values="p")
+    tokens = table.pivot(index="layer", columns="rank", values="token")
+    figure = go.Figure(
+        go.Heatmap(
+            z=grid.to_numpy(),
+            x=[f"rank {rank}" for rank in grid.columns],
+            y=list(grid.index),
+            text=[[escape(repr(token)[1:-1]) for token in row] for row in tokens.to_numpy()],
+            texttemplate="%{text}",
+            colorscale="Blues",
+            zmin=0,
+            zmax=1,
+            colorbar={"title": {"text": "probability", "side": "right"}},
+        )
+    )
+    figure.update_yaxes(title="layer (-1 = embedding)", dtick=1, showgrid=False)
+    return _styled(figure, title).update_layout(height=26 * len(grid) + 160)
+
+
+def attention_view(words: Sequence[str], patterns: np.ndarray) -> HTML:
+    """circuitsvis' interactive attention patterns ``[head, pos, pos]``; works offline.
+
+    The library's own display asks the network first; its bundled source never does. Words cannot
+    close the script element that carries them.
+    """
+    safe = [word.replace("</", "<\u2060/").replace("<!", "<\u2060!") for word in words]
+    from circuitsvis.attention import attention_heads  # imports torch: only when it is needed
+
+    return HTML(attention_heads(attention=patterns, tokens=safe).local_src)
+
+
+def limits(table: pd.DataFrame, *, title: str) -> go.Figure:
+    """Measured errors beside their limits (``name value limit``), on a logarithmic axis."""
+    smallest = 1e-8  # an error of exactly zero has no logarithm
+    figure = go.Figure()
+    figure.add_scatter(
+        x=table.value.clip(lower=smallest), y=table.name, mode="markers", name="measured",
+        marker={"size": 12, "color": PALETTE[0]},
+    )  # fmt: skip
+    figure.add_scatter(
+        x=table.limit, y=table.name, mode="markers", name="limit",
+        marker={"size": 16, "symbol": "line-ns-open", "color": PALETTE[1], "line": {"width": 3}},
+    )  # fmt: skip
+    figure.update_xaxes(
+        type="log", title="largest error (1e-8 stands for less)", exponentformat="e"
+    )
+    figure.update_yaxes(autorange="reversed", type="category")
+    return _styled(figure, title).update_layout(margin={"l": 260})
+
+
+# ------------------------------------------------------------------------------------- internals
+def _line_with_band(
+    figure: go.Figure,
+    own: pd.DataFrame,
+    *,
+    name: str,
+    color: str,
+    dash: str,
+    legend: bool = True,
+    **at: int,
+) -> None:
+    own = own.sort_values("layer")
+    if own.low.notna().all():
+        figure.add_scatter(
+            x=[*own.layer, *own.layer[::-1]], y=[*own.high, *own.low[::-1]], fill="toself",
+            fillcolor=color, opacity=0.15, line={"width": 0}, hoverinfo="skip", showlegend=False,
+            legendgroup=name, **at,
+        )  # fmt: skip
+    figure.add_scatter(
+        x=own.layer, y=own.value, name=escape(name), legendgroup=name, showlegend=legend,
+        line={"color": color, "dash": dash, "width": 2}, mode="lines+markers", **at,
+    )  # fmt: skip
+
+
+def _tick(layers: pd.Series) -> int:
+    return max(1, int(layers.max() - layers.min()) // 12)
+
+
+def _styled(figure: go.Figure, title: str) -> go.Figure:
+    return figure.update_layout(
+        template="plotly_white",
+        title=escape(title),
+        font={"size": 13},
+        margin={"l": 80, "r": 30, "t": 60, "b": 60},
+        legend={"orientation": "h", "y": -0.2},
+    )

@@ -1,0 +1,110 @@
+"""What a notebook leaves behind: a tidy table, a summary of named values, figures as data."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+PACKAGES = ("interp-kit", "transformer-lens", "torch", "transformers", "peft")
+
+Named = dict[str, Any]
+Summary = Mapping[str, Named]
+
+
+def named(
+    value: float | pd.DataFrame, *, unit: str, control: float | None = None, **more: Any
+) -> Named:
+    """One summary value: a number, or a one-row table of ``mean_interval``, with its unit.
+
+    ``control`` is the same quantity where there should be no effect.
+    """
+    if isinstance(value, pd.DataFrame):
+        row = value[["value", "low", "high", "n"]].iloc[0]
+        entry: Named = {k: float(row[k]) for k in ("value", "low", "high")} | {"n": int(row["n"])}
+    else:
+        entry = {"value": float(value)}
+    entry["unit"] = unit
+    if control is not None:
+        entry["control"] = float(control)
+    return entry | more
+
+
+def sentence(name: str, entry: Named, *, noise_floor: float = 0.0) -> str:
+    """``final decision: 2.310 nats [1.902, 2.718], n = 3; control 0.120`` — or below the noise."""
+    text = f"{name.replace('_', ' ')}: {entry['value']:.3f} {entry['unit']}"
+    if not math.isnan(entry.get("low", math.nan)):
+        text += f" [{entry['low']:.3f}, {entry['high']:.3f}]"
+    if "n" in entry:
+        text += f", n = {entry['n']}"
+    if "control" in entry:
+        text += f"; control {entry['control']:.3f}"
+    if abs(entry["value"]) < noise_floor:
+        text += f" — below the numerical noise floor ({noise_floor:.1e}): not interpreted"
+    return text
+
+
+def show(summary: Summary, *, noise_floor: float = 0.0) -> None:
+    """Print the summary, a line a value."""
+    for name, entry in summary.items():
+        print(sentence(name, entry, noise_floor=noise_floor))
+
+
+def record(
+    folder: str | Path,
+    *,
+    table: pd.DataFrame,
+    summary: Summary,
+    figures: Mapping[str, go.Figure],
+    noise_floor: float,
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    **about: Any,
+) -> None:
+    """Write ``table.parquet``, ``table.csv``, ``summary.json`` and ``figures/*.json``.
+
+    ``tables`` are further tables, written as ``NAME.csv``; ``about`` goes into the summary (model,
+    scenario, seed). An empty ``folder`` (working interactively) writes nothing.
+    """
+    if not str(folder):
+        return
+    folder = Path(folder)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    table.to_parquet(folder / "table.parquet", index=False)
+    for name, extra in {"table": table, **(tables or {})}.items():
+        extra.to_csv(folder / f"{name}.csv", index=False)
+    for name, figure in figures.items():
+        write_atomically(folder / "figures" / f"{name}.json", str(figure.to_json()))
+    content = {
+        "about": about,
+        "noise_floor": noise_floor,
+        "values": summary,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    write_atomically(folder / "summary.json", dump_json(content))
+
+
+def dump_json(content: Any) -> str:
+    """JSON that every reader accepts: NaN and infinity become null."""
+    return json.dumps(_finite(content), indent=1, ensure_ascii=False)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """The whole text or nothing: written beside and moved into place."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {str(k): _finite(v) for k, v in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(v) for v in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content

@@ -1,0 +1,292 @@
+"""What a model, a scenario and a run file may say. Strict; every error says how to mend it.
+
+``find_model``, ``find_scenario`` and ``find_notebook`` turn what people write (a name, a folder, a
+Hugging Face id) into a spec. Nothing here imports torch: a run is checked before anything loads.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class InputError(ValueError):
+    """Something that a person wrote cannot be used: one line with what to do about it."""
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+_S = TypeVar("_S", bound=_Spec)
+
+
+class ModelSpec(_Spec):
+    """One model: a base, and an optional LoRA adapter on it.
+
+    ``base`` and ``adapter`` are each a folder beside the spec file, another model's name (``base``
+    only) or a Hugging Face id. After ``find_model`` they are absolute folders or ids.
+    """
+
+    name: str
+    base: str
+    base_name: str = ""  # filled in: the name of the base model's own spec, where it has one
+    adapter: str | None = None
+    revision: str | None = None
+    adapter_revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    label: str = ""
+    about: str = ""
+    chat_template: bool = False
+    prepend_bos: bool = True
+    trust_remote_code: bool = False
+
+    @property
+    def slug(self) -> str:
+        """The name as one safe folder name."""
+        return slug(self.name)
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+
+class AnswerLabels(_Spec):
+    positive: str
+    negative: str
+
+
+class DecisionSpec(_Spec):
+    """The two answers; decision = log p(positive) - log p(negative). Give the leading space."""
+
+    positive: Annotated[str, Field(min_length=1)]
+    negative: Annotated[str, Field(min_length=1)]
+    labels: AnswerLabels
+
+
+class PromptSpec(_Spec):
+    id: Annotated[str, Field(min_length=1)]
+    text: Annotated[str, Field(min_length=1)]
+    counterfactual: str | None = None
+    group: str = ""
+
+
+class Scenario(_Spec):
+    """Prompts that ask for one of two answers."""
+
+    name: str
+    about: str = ""
+    decision: DecisionSpec
+    prompts: Annotated[list[PromptSpec], Field(min_length=1)]
+    source: str = ""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Scenario":
+        for what, values in (
+            ("id", [p.id for p in self.prompts]),
+            ("text", [p.text for p in self.prompts]),
+        ):
+            repeated = next((v for i, v in enumerate(values) if v in values[:i]), None)
+            if repeated is not None:
+                raise ValueError(f"two prompts have the {what} {repeated!r}; make them distinct")
+        if self.decision.positive == self.decision.negative:
+            raise ValueError("positive and negative are the same answer; the decision would be 0")
+        return self
+
+
+class RunSpec(_Spec):
+    """Which notebooks run on which models and scenarios, with which parameters."""
+
+    name: str
+    about: str = ""
+    models: Annotated[list[str], Field(min_length=1)]
+    scenarios: Annotated[list[str], Field(min_length=1)]
+    notebooks: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "RunSpec":
+        for what, values in (("models", self.models), ("scenarios", self.scenarios)):
+            slugs = [slug(v) for v in values]
+            repeated = next((v for i, v in enumerate(values) if slugs[i] in slugs[:i]), None)
+            if repeated is not None:
+                raise ValueError(f"{what} lists {repeated!r} twice (or two of one folder name)")
+        return self
+
+
+# ---------------------------------------------------------------------------------- finding them
+def data_folders(extra: str | Path | None = None) -> list[Path]:
+    """Where models and scenarios are found: ``extra``, ``INTERP_KIT_DATA``, the shipped data."""
+    given = [extra] if extra else []
+    given += [p for p in os.environ.get("INTERP_KIT_DATA", "").split(os.pathsep) if p]
+    return [Path(p).expanduser().resolve() for p in given] + [REPOSITORY / "data"]
+
+
+def slug(name: str) -> str:
+    """``name`` as a folder name: the last part of a path, ``org--name`` for a Hugging Face id."""
+    if HUGGING_FACE_ID.fullmatch(name) and not Path(name).is_dir():
+        return name.replace("/", "--")
+    last = Path(name).name
+    if not NAME.fullmatch(last):
+        raise InputError(
+            f"{name!r} cannot name a folder: expected letters, digits, '.', '_', '-' "
+            "and a letter or digit first; rename it"
+        )
+    return last
+
+
+def list_models(data: str | Path | None = None) -> list[ModelSpec]:
+    """Every model that has a spec in the data folders, by name."""
+    names = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
+    return [find_model(name, data=data) for name in sorted(names)]
+
+
+def list_scenarios(data: str | Path | None = None) -> list[Scenario]:
+    """Every scenario in the data folders, by name."""
+    names = {p.stem for f in data_folders(data) for p in f.glob("scenarios/*.yaml")}
+    return [find_scenario(name, data=data) for name in sorted(names)]
+
+
+def find_model(name: str, *, data: str | Path | None = None) -> ModelSpec:
+    """The spec of a model given by name, by folder (with or without ``model.yaml``) or by id."""
+    spec_file = _in_data(f"models/{name}/model.yaml", data) if NAME.fullmatch(name) else None
+    folder = Path(name).expanduser()
+    if spec_file is None and folder.is_dir():
+        if (folder / "model.yaml").is_file():
+            spec_file = folder / "model.yaml"
+        elif (folder / "config.json").is_file():
+            return ModelSpec(name=name, base=str(folder.resolve()))
+        else:
+            raise InputError(
+                f"{name!r} is a folder without model.yaml or config.json; expected a model spec "
+                "or a Hugging Face checkpoint folder"
+            )
+    if spec_file is not None:
+        given = _read_yaml(spec_file)
+        return _resolve(checked(ModelSpec, {"name": name, **given}, spec_file), spec_file, data)
+    if HUGGING_FACE_ID.fullmatch(name) and not name.startswith("."):
+        return ModelSpec(name=name, base=name)
+    known = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
+    raise InputError(unknown("model", name, known, "a folder or a Hugging Face id (org/name)"))
+
+
+def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> ModelSpec:
+    """``base`` and ``adapter`` as absolute folders or Hugging Face ids."""
+    beside = spec_file.parent
+    base, inherited = spec.base, {}
+    if (beside / base).is_dir():
+        base = str((beside / base).resolve())
+    elif NAME.fullmatch(base) and _in_data(f"models/{base}/model.yaml", data):
+        if base == beside.name:
+            raise InputError(f"{spec_file}: base names the model itself; give a folder or an id")
+        parent = find_model(base, data=data)
+        if parent.adapter:
+            raise InputError(
+                f"{spec_file}: base {base!r} is itself an adapter on {parent.base_name!r}; "
+                "name a base model"
+            )
+        inherited = {"base_name": base, "revision": spec.revision or parent.revision}
+        base = parent.base
+    elif not HUGGING_FACE_ID.fullmatch(base):
+        known = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
+        raise InputError(
+            f"{spec_file}: " + unknown("base", base, known, "a folder beside the spec, or org/name")
+        )
+    adapter = spec.adapter
+    if adapter is not None and (beside / adapter).is_dir():
+        adapter = str((beside / adapter).resolve())
+    elif adapter is not None and not HUGGING_FACE_ID.fullmatch(adapter):
+        raise InputError(
+            f"{spec_file}: adapter {adapter!r} is neither a folder beside the spec nor a "
+            "Hugging Face id (org/name)"
+        )
+    return spec.model_copy(update={"base": base, "adapter": adapter, **inherited})
+
+
+def find_scenario(name: str, *, data: str | Path | None = None) -> Scenario:
+    """The scenario given by name, or by the path of a YAML file."""
+    file = _in_data(f"scenarios/{name}.yaml", data) if NAME.fullmatch(name) else None
+    if file is None and name.endswith((".yaml", ".yml")):
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise InputError(f"scenario file {name!r} does not exist; check the path")
+    if file is None:
+        known = {p.stem for f in data_folders(data) for p in f.glob("scenarios/*.yaml")}
+        raise InputError(unknown("scenario", name, known, "the path of a .yaml file"))
+    return checked(Scenario, {"name": file.stem, **_read_yaml(file)}, file)
+
+
+def read_run(file: Path) -> RunSpec:
+    """The run file, checked by itself (``batch.matrix`` checks it against the notebooks)."""
+    if not file.is_file():
+        raise InputError(f"run file {str(file)!r} does not exist; papermill_params/ holds examples")
+    given = _read_yaml(file)
+    notebooks = given.get("notebooks")
+    if isinstance(notebooks, dict):  # `01_logit_lens:` with nothing behind it means no parameters
+        given["notebooks"] = {k: {} if v is None else v for k, v in notebooks.items()}
+    spec = checked(RunSpec, {"name": file.stem, **given}, file)
+    slug(spec.name)
+    return spec
+
+
+def _in_data(relative: str, data: str | Path | None) -> Path | None:
+    return next((f / relative for f in data_folders(data) if (f / relative).is_file()), None)
+
+
+def unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
+    """The message for a name that is not known, with the nearest one that is."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"unknown {what} {name!r}: {hint}expected one of {', '.join(sorted(known)) or '(none)'}, "
+        f"or {otherwise}"
+    )
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise InputError(f"{file}: not readable as YAML ({where}); mend the file") from None
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise InputError(f"{file}: expected `key: value` lines, found {type(given).__name__}")
+    return given
+
+
+def checked(kind: type[_S], given: dict[str, Any], file: Path) -> _S:
+    """``given`` as a spec; what is wrong with it is said with the file's name."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise InputError(f"{file}: {explain(error, kind)}") from None
+
+
+def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
+    """The first problem of a pydantic error in one line: where, what was expected, what came."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    match first["type"]:
+        case "extra_forbidden":
+            known = list(kind.model_fields) if kind and len(first["loc"]) == 1 else []
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+            message = "unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
+            message += f"; allowed: {', '.join(known)}" if known else "; remove it"
+        case "missing":
+            message = "missing; add it"
+        case "value_error":
+            pass
+        case _:
+            message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
+    more = len(error.errors()) - 1
+    text = f"{where}: {message}" if where else message
+    return text + (f" (and {more} more)" if more else "")

@@ -1,0 +1,63 @@
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+
+from interp_kit.decisions import Prompt, encode
+from interp_kit.loading import Models, load_model, load_models
+from interp_kit.specs import REPOSITORY
+from tests.tiny import ARCHITECTURES, WORDS, save_tiny
+
+torch.set_num_threads(1)
+
+IPD = ["tiny-gemma2", "ipd-strategic", "ipd-deontological", "ipd-utilitarian", "ipd-hybrid"]
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tiny")
+    return {name: save_tiny(name, root / name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def tiny_bridge(request, tiny_folders):
+    """A tiny random model of each architecture, as a bridge."""
+    return load_model(str(tiny_folders[request.param]), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def organisms() -> Models:
+    """The shipped base and its four players, on one base in memory."""
+    return load_models(IPD, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Material that only the project's own machines have."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared, which a plain clone does not have")
+    return folder
+
+
+def tiny_prompts(bridge, *, length: int = 20) -> list[Prompt]:
+    """Prompts of two lengths; answers with a shared start, of unequal length, and of one token."""
+    answers = [(" ba be", " ba bi"), (" da", " fa ka"), (" ba", " ku")]
+    return [
+        encode(
+            bridge,
+            " " + " ".join(WORDS[(7 * i + j) % 60] for i in range(length + j % 2)),
+            positive=positive,
+            negative=negative,
+            id=str(j),
+            group="g",
+            counterfactual=" "
+            + " ".join(WORDS[(7 * i + j + (i == length // 2)) % 60] for i in range(length + j % 2)),
+        )
+        for j, (positive, negative) in enumerate(answers)
+    ]

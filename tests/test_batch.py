@@ -1,0 +1,236 @@
+"""The matrix is checked before a kernel starts; cells are skipped, kept apart and reported."""
+
+import json
+import shutil
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from typer.testing import CliRunner
+
+from interp_kit.batch.matrix import expand
+from interp_kit.batch.runner import read_status, run_cells, stale
+from interp_kit.cli import app
+from interp_kit.specs import REPOSITORY, InputError, read_run
+
+PARAMETERS = """
+model: str = "tiny-gemma2"  # a model
+scenario: str = "CC_continue"  # a scenario
+fail_on: str = ""  # raise for this scenario
+times: int = 1  # how often
+output: str = ""  # folder
+"""
+BODY = """
+from pathlib import Path
+if scenario == fail_on:
+    raise ValueError("made to fail <script>alert(1)</script>")
+Path(output, "result.txt").write_text(model * times)
+"""
+
+
+def write_notebook(folder, name, parameters=PARAMETERS, body=BODY, tag="parameters"):
+    cells = [new_markdown_cell(f"# {name}?"), new_code_cell(parameters), new_code_cell(body)]
+    cells[1].metadata["tags"] = [tag]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two small notebooks, a run file, an output folder."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    write_notebook(folder, "each")
+    together = 'models: list[str] = []\nscenarios: list[str] = []\noutput: str = ""\n'
+    write_notebook(folder, "all", together, "from pathlib import Path\nPath(output, 'x').touch()")
+    return tmp_path
+
+
+def cells_of(study, notebooks, **kwargs):
+    run = {
+        "models": ["tiny-gemma2", "ipd-hybrid"],
+        "scenarios": ["CC_continue", "CD_punished"],
+        "notebooks": notebooks,
+    }
+    file = study / "trial.yaml"
+    file.write_text(yaml.safe_dump(run))
+    return expand(
+        read_run(file), outputs=study / "outputs", notebooks=study / "notebooks", **kwargs
+    )
+
+
+def test_a_notebook_runs_once_for_each_thing_that_it_takes_one_of(study):
+    cells = cells_of(study, {"each": None, "all": None})
+    assert [c.id for c in cells] == [
+        "each/tiny-gemma2/CC_continue",
+        "each/tiny-gemma2/CD_punished",
+        "each/ipd-hybrid/CC_continue",
+        "each/ipd-hybrid/CD_punished",
+        "all/all-models/all-scenarios",
+    ]
+    assert cells[-1].parameters["models"] == ["tiny-gemma2", "ipd-hybrid"]
+    assert all(str(c.folder).startswith(str(study / "outputs" / "trial")) for c in cells)
+
+
+@pytest.mark.parametrize(
+    ("notebooks", "expected"),
+    [
+        ({"eahc": None}, "did you mean 'each'?"),
+        ({"../each": None}, "unknown notebook '../each'"),
+        ({"each": {"time": 2}}, "unknown parameter of each 'time': did you mean 'times'?"),
+        ({"each": {"times": "2"}}, "parameter 'times' (int): input should be a valid integer"),
+        ({"each": {"times": 2.5}}, "got 2.5"),
+        ({"each": {"model": "x"}}, "is set by the run file"),
+    ],
+)
+def test_notebooks_and_parameters_are_checked_before_anything_runs(study, notebooks, expected):
+    with pytest.raises(InputError) as error:
+        cells_of(study, notebooks)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (study / "outputs").exists()
+
+
+def test_a_notebook_without_parameters_is_refused(study):
+    write_notebook(study / "notebooks", "bare", tag="other")
+    with pytest.raises(InputError, match="no cell is tagged 'parameters'"):
+        cells_of(study, {"bare": None})
+
+
+def test_only_keeps_what_matches_and_refuses_what_matches_nothing(study):
+    cells = cells_of(study, {"each": None, "all": None}, only=["each/*/CD_*"])
+    assert [c.id for c in cells] == ["each/tiny-gemma2/CD_punished", "each/ipd-hybrid/CD_punished"]
+    with pytest.raises(InputError, match="matches no cell"):
+        cells_of(study, {"each": None}, only=["nothing"])
+
+
+def test_the_key_follows_parameters_and_sources_not_outputs(study):
+    (first, *_) = cells_of(study, {"each": None})
+    assert first.key == cells_of(study, {"each": None})[0].key
+    assert first.key != cells_of(study, {"each": {"times": 2}})[0].key
+
+
+def test_a_failed_cell_never_hides_the_others_and_is_run_again(study):
+    given = {"each": {"fail_on": "CD_punished"}}
+    cells = cells_of(study, given)
+    outcomes = run_cells(cells, workers=2)
+    assert [o.state for o in outcomes] == ["ok", "error", "ok", "error"]
+    assert (cells[0].folder / "result.txt").read_text() == "tiny-gemma2"
+    status = read_status(cells[1].folder)
+    assert status["error"].startswith("ValueError: made to fail")
+    assert "\x1b" not in status["traceback"]
+    # What is done is skipped; what failed is tried again, even after a half-written status.
+    (cells[2].folder / "status.json").write_text('{"state": "ok", "key"')
+    assert [c.id for c in stale(cells)] == [cells[1].id, cells[2].id, cells[3].id]
+    again = run_cells(cells, workers=2)
+    assert [o.state for o in again] == ["up to date", "error", "ok", "error"]
+
+
+def test_every_output_folder_is_complete(study):
+    (cell,) = cells_of(study, {"each": None}, only=["each/tiny-gemma2/CC_continue"])
+    run_cells([cell], workers=1)
+    assert {p.name for p in cell.folder.iterdir()} == {"run.ipynb", "status.json", "result.txt"}
+    assert json.loads((cell.folder / "status.json").read_text())["key"] == cell.key
+
+
+# ------------------------------------------------------------------------------ the command line
+def command(*arguments):
+    """As a shell runs it: exit code and what was printed."""
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "interp_kit.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def run_file(folder, **changes):
+    content = {
+        "models": ["ipd-hybrid"],
+        "scenarios": ["CC_continue"],
+        "notebooks": {"01_logit_lens": {}},
+    }
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump(content | changes))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"models": ["ipd-hybird"]}, "unknown model 'ipd-hybird': did you mean 'ipd-hybrid'?"),
+        ({"scenarios": ["CC"]}, "unknown scenario 'CC'"),
+        ({"notebooks": {"01_logit_lens": {"topk": 1}}}, "did you mean 'top_k'?"),
+        ({"notebooks": {"01_logit_lens": {"top_k": "3"}}}, "valid integer, got '3'"),
+    ],
+)
+def test_bad_run_files_end_with_one_line_and_exit_code_2(tmp_path, changes, expected):
+    outputs = tmp_path / "outputs"
+    code, _, error = command("run", run_file(tmp_path, **changes), "--outputs", outputs)
+    assert code == 2
+    assert expected in error
+    assert len(error.strip().splitlines()) == 1
+    assert not outputs.exists()
+
+
+@pytest.mark.parametrize("trouble", ["alike", "too long", "corrupt"])
+def test_what_only_the_model_can_tell_is_found_before_anything_is_written(tmp_path, trouble):
+    scenario = yaml.safe_load((REPOSITORY / "data/scenarios/CC_continue.yaml").read_text())
+    if trouble == "alike":
+        scenario["decision"] |= {"negative": " action2.5", "positive": " action2"}
+    elif trouble == "too long":
+        scenario["prompts"][0]["text"] *= 20
+    (tmp_path / "scenarios").mkdir()
+    (tmp_path / "scenarios" / "mine.yaml").write_text(yaml.safe_dump(scenario))
+    shutil.copytree(REPOSITORY / "data/models/ipd-hybrid", tmp_path / "models" / "spoiled")
+    weights = tmp_path / "models" / "spoiled" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    model = "spoiled" if trouble == "corrupt" else "ipd-hybrid"
+    file = run_file(tmp_path, models=[model], scenarios=["mine"])
+    outputs = tmp_path / "outputs"
+    code, _, error = command("run", file, "--data", tmp_path, "--outputs", outputs)
+    expected = {"alike": "begin alike", "too long": "context holds 512", "corrupt": "safetensors"}
+    assert code == 2
+    assert expected[trouble] in error
+    assert not outputs.exists()
+
+
+def test_check_runs_nothing(tmp_path):
+    code, out, _ = command("check", REPOSITORY / "papermill_params" / "demo.yaml")
+    assert code == 0
+    assert "81 cells, all inputs are good" in out
+
+
+def test_every_run_file_is_good():
+    for file in (REPOSITORY / "papermill_params").glob("*.yaml"):
+        assert expand(read_run(file), outputs=REPOSITORY / "outputs")
+
+
+def test_list_and_help_name_everything():
+    listed = CliRunner().invoke(app, ["list"]).output
+    assert all(word in listed for word in ("ipd-hybrid", "CC_temptation", "01_logit_lens"))
+    for name in ("run", "check", "report", "list", "train"):
+        shown = CliRunner().invoke(app, [name, "--help"])
+        assert shown.exit_code == 0
+
+
+def test_a_failed_cell_gives_exit_code_1_and_a_report_without_raw_html(study, monkeypatch):
+    from interp_kit.batch import matrix
+
+    write_notebook(study / "notebooks", "each", body=BODY.replace("fail_on", "'CC_continue'"))
+    monkeypatch.setattr(matrix.expand, "__kwdefaults__", matrix.expand.__kwdefaults__ | {
+        "notebooks": study / "notebooks"
+    })  # fmt: skip
+    monkeypatch.setattr("interp_kit.cli._preflight", lambda cells, data: None)
+    file = run_file(study, notebooks={"each": {}})
+    result = CliRunner().invoke(app, ["run", str(file), "--outputs", str(study / "outputs")])
+    assert result.exit_code == 1
+    index = (study / "outputs" / "mine" / "index.html").read_text()
+    assert "1 failed" in index
+    assert "<script>alert" not in index
+    assert "&lt;script&gt;alert" in index

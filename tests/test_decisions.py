@@ -1,0 +1,129 @@
+"""The decision is a probability ratio of whole answers, and agrees with what the model samples."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from interp_kit.decisions import (
+    answer_log_probs,
+    batches,
+    decide,
+    encode,
+    encode_scenario,
+    with_random_answers,
+)
+from interp_kit.specs import InputError, find_scenario
+from tests.conftest import tiny_prompts
+
+
+def naive_log_prob(bridge, tokens, answer) -> float:
+    logits = bridge(torch.tensor([tokens + answer])).log_softmax(-1)[0]
+    return sum(float(logits[len(tokens) - 1 + i, t]) for i, t in enumerate(answer))
+
+
+def test_log_probs_of_whole_answers_equal_one_full_forward_each(tiny_bridge):
+    prompts = tiny_prompts(tiny_bridge)
+    ours = answer_log_probs(tiny_bridge, prompts)
+    for i, p in enumerate(prompts):
+        assert float(ours["positive"][i]) == pytest.approx(
+            naive_log_prob(tiny_bridge, p.tokens, p.positive), abs=2e-5
+        )
+        assert float(ours["negative"][i]) == pytest.approx(
+            naive_log_prob(tiny_bridge, p.tokens, p.negative), abs=2e-5
+        )
+
+
+def test_a_shared_prefix_leaves_the_logit_difference_of_the_differing_tokens(tiny_bridge):
+    prompt = tiny_prompts(tiny_bridge)[0]
+    assert len(prompt.shared) == 1
+    logits = tiny_bridge(torch.tensor([prompt.branch]))[0, -1]
+    positive, negative = prompt.branch_ids
+    decision = decide(tiny_bridge, [prompt]).value[0]
+    assert decision == pytest.approx(float(logits[positive] - logits[negative]), abs=2e-5)
+
+
+def test_the_batch_does_not_change_the_decision(tiny_bridge):
+    prompts = tiny_prompts(tiny_bridge)
+    together = decide(tiny_bridge, prompts)
+    for i, prompt in enumerate(prompts):
+        assert decide(tiny_bridge, [prompt]).value[0] == pytest.approx(together.value[i], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny-gemma2", "ipd-hybrid"])
+def test_the_metric_predicts_sampled_answers(organisms, name):
+    """2,000 answers sampled token by token: the share of defections is the metric's probability."""
+    bridge, n = organisms.switch(name), 2000
+    prompt = encode_scenario(bridge, find_scenario("CD_punished"))[0]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor([prompt.tokens]).expand(1, -1)
+    first = bridge(rows)[0, -1].softmax(-1).multinomial(n, True, generator=generator)
+    stem = prompt.shared[0]
+    followed = bridge(torch.cat([rows, torch.tensor([[stem]])], 1))[0, -1].softmax(-1)
+    second = followed.multinomial(int((first == stem).sum()), True, generator=generator)
+    defections = int((second == prompt.positive[1]).sum())
+    cooperations = int((second == prompt.negative[1]).sum())
+    table = decide(bridge, [prompt])
+    assert (defections + cooperations) / n == pytest.approx(table.answer_mass[0], abs=0.02)
+    test = stats.binomtest(defections, defections + cooperations, table.p_positive[0])
+    assert test.pvalue > 1e-3
+
+
+def test_answers_that_tokenize_alike_are_refused(tiny_bridge):
+    with pytest.raises(InputError, match="are the same tokens"):
+        encode(tiny_bridge, " ba", positive=" be", negative=" be")
+
+
+def test_an_answer_that_begins_the_other_is_refused(tiny_bridge):
+    with pytest.raises(InputError, match="begin alike to the end"):
+        encode(tiny_bridge, " ba", positive=" be", negative=" be bi")
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tiny_bridge):
+    with pytest.raises(InputError, match="context holds 128"):
+        encode(tiny_bridge, " ba" * 200, positive=" be", negative=" bi")
+
+
+def test_prompts_begin_with_exactly_one_bos(organisms):
+    bridge = organisms.switch("tiny-gemma2")
+    bos = bridge.tokenizer.bos_token_id
+    plain = encode(bridge, "The law", positive=" is", negative=" of").tokens
+    given = encode(bridge, "<bos>The law", positive=" is", negative=" of").tokens
+    assert plain == given
+    assert plain.count(bos) == 1
+
+
+def test_a_chat_template_is_used_as_in_generation(tiny_folders):
+    from interp_kit.loading import load_model
+
+    bridge = load_model(str(tiny_folders["llama"]))
+    bridge.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %} ba{{ m.content }} be{% endfor %}"
+    )
+    prompt = encode(bridge, " ki", positive=" da", negative=" du")
+    assert prompt.text == "<bos> ba ki be"
+    assert prompt.tokens.count(bridge.tokenizer.bos_token_id) == 1
+    assert bridge.tokenizer.decode(prompt.positive) == "da"  # a reply starts without a space
+
+
+def test_batches_cover_every_item_once_and_never_mix_shapes():
+    shapes = [(5, "a"), (7, "a"), (5, "a"), (5, "b"), (9000, "a"), (9000, "a")]
+    found = list(batches(shapes))
+    assert sorted(i for batch in found for i in batch) == list(range(len(shapes)))
+    assert all(len({shapes[i] for i in batch}) == 1 for batch in found)
+    assert [4] in found
+    assert [5] in found
+
+
+def test_random_answers_keep_the_prompt_and_differ(tiny_bridge):
+    prompts = tiny_prompts(tiny_bridge)
+    controls = with_random_answers(tiny_bridge, prompts, n=5, seed=1)
+    assert [c.id for c in controls[:5]] == ["0"] * 5
+    assert all(c.positive != c.negative for c in controls)
+    assert controls == with_random_answers(tiny_bridge, prompts, n=5, seed=1)
+
+
+def test_probability_is_the_sigmoid_of_the_decision(tiny_bridge):
+    row = decide(tiny_bridge, tiny_prompts(tiny_bridge)).iloc[0]
+    assert row.p_positive == pytest.approx(1 / (1 + math.exp(-row.value)))

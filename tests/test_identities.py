@@ -1,0 +1,114 @@
+"""Identities that hold for every transformer, on tiny random models of five architectures."""
+
+import pytest
+import torch
+
+from interp_kit.analyses.attribution import (
+    direct_logit_attribution,
+    head_sum_error,
+    pre_cap_decision,
+)
+from interp_kit.analyses.comparison import bridge_error
+from interp_kit.analyses.lens import logit_lens, top_tokens
+from interp_kit.analyses.patching import activation_patching, identity_patch_error
+from interp_kit.decisions import decide
+from interp_kit.loading import load_huggingface, load_model
+from interp_kit.specs import find_model
+from tests.conftest import tiny_prompts
+from tests.tiny import ARCHITECTURES
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_bridge_computes_what_hugging_face_computes(architecture, tiny_folders):
+    folder = str(tiny_folders[architecture])
+    bridge = load_model(folder, device="cpu")
+    reference = load_huggingface(find_model(folder), device="cpu")
+    error = bridge_error(bridge, reference, tiny_prompts(bridge))
+    print(f"{architecture}: bridge against Hugging Face {error:.1e} logits")
+    assert error <= 1e-4
+
+
+def test_attributions_sum_to_the_decision_before_the_cap(tiny_bridge):
+    prompts = tiny_prompts(tiny_bridge)
+    table = direct_logit_attribution(tiny_bridge, prompts)
+    parts = table.groupby("prompt", sort=False).value.sum().to_numpy()
+    whole = pre_cap_decision(tiny_bridge, prompts).value.to_numpy()
+    error = abs(parts - whole).max()
+    print(f"{tiny_bridge.cfg.architecture}: attribution sum {error:.1e} logits")
+    assert error <= 1e-4
+    assert abs(whole).max() > 0.1  # the sum is not trivially zero
+
+
+def test_the_decision_before_the_cap_is_the_decision_where_there_is_none(tiny_bridge):
+    if tiny_bridge.cfg.output_logits_soft_cap > 0:
+        pytest.skip("this architecture has a final soft cap")
+    prompts = [p for p in tiny_prompts(tiny_bridge) if p.one_branch]
+    whole = pre_cap_decision(tiny_bridge, prompts).value.to_numpy()
+    assert abs(whole - decide(tiny_bridge, prompts).value.to_numpy()).max() <= 1e-4
+
+
+def test_heads_sum_to_their_layers_attention_output(tiny_bridge):
+    error = head_sum_error(tiny_bridge, tiny_prompts(tiny_bridge))
+    print(f"{tiny_bridge.cfg.architecture}: heads against attention output {error:.1e}")
+    assert error <= 1e-4
+
+
+def test_one_row_for_every_component(tiny_bridge):
+    table = direct_logit_attribution(tiny_bridge, tiny_prompts(tiny_bridge)[:1])
+    cfg = tiny_bridge.cfg
+    assert (table.kind == "head").sum() == cfg.n_layers * cfg.n_heads
+    assert (table.kind == "mlp").sum() == cfg.n_layers
+    assert not table.component.duplicated().any()
+
+
+def test_the_last_layer_of_the_lens_is_the_model(tiny_bridge):
+    prompts = tiny_prompts(tiny_bridge)
+    lens = logit_lens(tiny_bridge, prompts)
+    last = lens[lens.layer == tiny_bridge.cfg.n_layers - 1].value.to_numpy()
+    assert abs(last - decide(tiny_bridge, prompts).value.to_numpy()).max() <= 1e-4
+
+
+def test_the_lens_names_the_models_own_next_token(tiny_bridge):
+    prompt = tiny_prompts(tiny_bridge)[2]
+    top = top_tokens(tiny_bridge, prompt, k=1).iloc[-1]
+    logits = tiny_bridge(torch.tensor([prompt.tokens]))[0, -1]
+    assert top.token == tiny_bridge.tokenizer.decode([int(logits.argmax())])
+    assert top.p == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+
+
+def test_patching_a_prompt_into_itself_changes_nothing(tiny_bridge):
+    error = identity_patch_error(tiny_bridge, tiny_prompts(tiny_bridge))
+    print(f"{tiny_bridge.cfg.architecture}: identity patch {error:.1e} nats")
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_the_whole_stream_at_the_only_difference_carries_the_whole_decision(tiny_bridge, direction):
+    prompts = tiny_prompts(tiny_bridge)[:2]
+    table = activation_patching(tiny_bridge, prompts, unit="resid_pre", direction=direction)
+    first = table[(table.layer == 0)].groupby("prompt").head(1)
+    assert first.value.to_numpy() == pytest.approx(first.source.to_numpy(), abs=1e-4)
+
+
+def test_patching_equals_one_naive_forward_per_component(tiny_bridge):
+    prompt = tiny_prompts(tiny_bridge)[0]
+    table = activation_patching(tiny_bridge, [prompt], unit="component", direction="noise")
+    tokens = torch.tensor([prompt.branch])
+    source = torch.tensor([prompt.counterfactual + prompt.shared])
+    _, cache = tiny_bridge.run_with_cache(source)
+    positive, negative = prompt.branch_ids
+    for row in table.itertuples():
+        if row.head >= 0:
+            name, at = f"blocks.{row.layer}.attn.hook_z", (slice(None), slice(None), row.head)
+        else:
+            name, at = f"blocks.{row.layer}.hook_mlp_out", (slice(None),)
+
+        def write(activation, hook, name=name, at=at):
+            activation = activation.clone()
+            activation[at] = cache[name][at]
+            return activation
+
+        logits = tiny_bridge.run_with_hooks(tokens, fwd_hooks=[(name, write)])[0, -1]
+        naive = float(logits[positive] - logits[negative])
+        assert row.value == pytest.approx(naive, abs=1e-4), row.component
+    assert table.change.abs().max() > 1e-2

@@ -1,0 +1,154 @@
+"""Adapters on one base equal merged models; what is unsafe or wrong is refused before it loads."""
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+
+from interp_kit.decisions import encode_scenario
+from interp_kit.loading import inspect_model, load_huggingface, load_model, load_models
+from interp_kit.specs import REPOSITORY, InputError, find_model, find_scenario
+from tests.conftest import IPD
+from tests.tiny import save_tiny
+
+MODELS = REPOSITORY / "data" / "models"
+
+
+@pytest.mark.parametrize("name", IPD)
+def test_a_switched_adapter_equals_the_model_loaded_and_merged_alone(organisms, name):
+    bridge = organisms.switch(name)
+    tokens = torch.tensor([encode_scenario(bridge, find_scenario("CC_continue"))[0].tokens])
+    alone = load_huggingface(find_model(name), device="cpu")
+    assert float((bridge(tokens) - alone(tokens).logits).abs().max()) <= 1e-5
+    if name != "tiny-gemma2":  # merging rounds the weights once more
+        merged = alone.merge_and_unload()
+        assert float((bridge(tokens) - merged(tokens).logits).abs().max()) <= 1e-3
+
+
+def test_switching_forth_and_back_restores_the_numbers(organisms):
+    tokens = torch.arange(3, 40)[None]
+    before = {name: organisms.switch(name)(tokens) for name in IPD}
+    for name in reversed(IPD):
+        assert torch.equal(organisms.switch(name)(tokens), before[name])
+    assert len({float(v.sum()) for v in before.values()}) == len(IPD)
+
+
+def test_switching_takes_milliseconds_and_one_base(organisms):
+    assert len({id(organisms.switch(name)) for name in IPD}) == 1
+    start = time.perf_counter()
+    for name in IPD * 4:
+        organisms.switch(name)
+    assert (time.perf_counter() - start) / (4 * len(IPD)) < 0.5  # 5 ms; room for a busy machine
+
+
+def test_nothing_is_trainable_after_a_switch(organisms):
+    bridge = organisms.switch("ipd-hybrid")
+    assert not any(p.requires_grad for p in bridge.parameters())
+    assert not bridge.training
+
+
+def adapter_study(tmp_path, change):
+    """A study with one adapter model, spoiled by ``change(folder)``."""
+    folder = tmp_path / "models" / "mine"
+    shutil.copytree(MODELS / "ipd-hybrid", folder)
+    change(folder)
+    return tmp_path
+
+
+def both_refuse(name, *, data=None) -> str:
+    """The check without weights and the loading itself must refuse alike."""
+    with pytest.raises(InputError) as checked:
+        inspect_model(find_model(name, data=data))
+    with pytest.raises(InputError) as loaded:
+        load_model(name, data=data)
+    assert str(checked.value) == str(loaded.value)
+    assert "\n" not in str(loaded.value)
+    return str(loaded.value)
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path, tiny_folders):
+    study = adapter_study(
+        tmp_path,
+        lambda f: (f / "model.yaml").write_text(f"base: {f.parent / 'other'}\nadapter: adapter\n"),
+    )
+    shutil.copytree(tiny_folders["llama"], tmp_path / "models" / "other")
+    (tmp_path / "models" / "mine" / "model.yaml").write_text("base: ../other\nadapter: adapter\n")
+    text = both_refuse("mine", data=study)
+    assert "was made for 'tiny-gemma2'" in text
+    assert "has width" in text or "no module" in text
+
+
+def test_an_adapter_that_records_another_base_is_refused(tmp_path):
+    def rename(folder):
+        config = folder / "adapter" / "adapter_config.json"
+        content = json.loads(config.read_text()) | {"base_model_name_or_path": "other-base"}
+        config.write_text(json.dumps(content))
+
+    text = both_refuse("mine", data=adapter_study(tmp_path, rename))
+    assert "made for 'other-base', not for 'tiny-gemma2'" in text
+
+
+def test_a_pickled_adapter_is_refused(tmp_path):
+    def pickle(folder):
+        (folder / "adapter" / "adapter_model.safetensors").rename(
+            folder / "adapter" / "adapter_model.bin"
+        )
+
+    text = both_refuse("mine", data=adapter_study(tmp_path, pickle))
+    assert "adapter_model.bin is a pickle" in text
+
+
+def test_a_truncated_adapter_is_refused(tmp_path):
+    def truncate(folder):
+        file = folder / "adapter" / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+
+    assert "not readable as safetensors" in both_refuse(
+        "mine", data=adapter_study(tmp_path, truncate)
+    )
+
+
+@pytest.mark.parametrize("spoil", ["missing", "truncated", "pickle"])
+def test_bad_base_weights_are_refused(tmp_path, spoil):
+    folder = save_tiny("llama", tmp_path / "base")
+    weights = folder / "model.safetensors"
+    if spoil == "truncated":
+        weights.write_bytes(weights.read_bytes()[:2000])
+    elif spoil == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    else:
+        weights.unlink()
+    expected = {
+        "missing": "expected *.safetensors",
+        "truncated": "not readable as safetensors",
+        "pickle": "found only pytorch_model.bin (pickle",
+    }
+    assert expected[spoil] in both_refuse(str(folder))
+
+
+def test_a_model_that_is_nowhere_is_refused():
+    assert "neither on disk nor to be had" in both_refuse("no-such-org/no-such-model")
+
+
+def test_a_chat_template_is_asked_for_but_not_there(tmp_path):
+    study = adapter_study(
+        tmp_path,
+        lambda f: (f / "model.yaml").write_text(
+            "base: tiny-gemma2\nadapter: adapter\nchat_template: true\n"
+        ),
+    )
+    assert "chat_template is true" in both_refuse("mine", data=study)
+
+
+def test_only_models_that_were_loaded_can_be_switched_to():
+    with pytest.raises(InputError, match="was not loaded"):
+        load_models(["tiny-gemma2"]).switch("ipd-hybrid")
+
+
+def test_a_real_checkpoint_loads_by_folder(shared):
+    bridge = load_model(str(shared / "models" / "stories260K"))
+    assert (bridge.cfg.n_layers, bridge.cfg.n_heads, bridge.cfg.n_key_value_heads) == (5, 8, 4)
+    text = bridge.generate("Once upon a time", max_new_tokens=20, do_sample=False, verbose=False)
+    assert "there was" in text

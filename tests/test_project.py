@@ -1,0 +1,101 @@
+"""What keeps the project in one piece: pins, contracts, notebooks as documents."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+
+from interp_kit.specs import REPOSITORY
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    return {canonical(n): v for n, v in (line.split("==") for line in lines if line)}
+
+
+def test_conda_and_pip_install_the_same_thing():
+    """environment.yml installs this project under constraints.txt, and so does the Makefile."""
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert pip == ["-c constraints.txt", "-e .[dev]"]
+    conda = [d for d in environment["dependencies"] if isinstance(d, str)]
+    assert conda == ["python=3.11", "pip"]  # every package comes from the pinned list
+    assert PROJECT["requires-python"] == ">=3.11"
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert 'install -q -c constraints.txt -e ".[dev]"' in makefile
+
+
+def test_every_dependency_is_pinned_and_the_pins_are_what_runs_here():
+    from importlib.metadata import version
+
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    for requirement in wanted:
+        name = canonical(re.split(r"[<>=!~ ]", requirement)[0])
+        assert name in pins(), f"{name} has no pin: run `make lock`"
+        assert version(name).split("+")[0] == pins()[name]
+
+
+def test_the_batch_never_imports_torch():
+    code = (
+        "import sys, interp_kit.cli, interp_kit.batch.runner, interp_kit.batch.matrix,"
+        "interp_kit.reporting.gallery; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_no_path_of_one_machine_is_committed():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout.split()
+    for name in tracked:
+        if name.endswith((".py", ".md", ".yaml", ".yml", ".toml", ".ipynb", ".json")):
+            text = (REPOSITORY / name).read_text(encoding="utf-8")
+            assert not re.search(r"[\"' ]/(home|root|Users|tmp)/\w", text), name
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_a_document(file):
+    notebook = nbformat.read(file, 4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.splitlines()[0].endswith("?"), "the title is a question"
+    tags = [tag for c in notebook.cells for tag in c.metadata.get("tags", [])]
+    assert tags.count("parameters") == 1
+    for cell in code:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= 12, cell.source
+        kinds = {type(node) for node in ast.walk(ast.parse(cell.source))}
+        assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.Try}, cell.source
+        assert "sys.path" not in cell.source
+    headings = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown").lower()
+    for part in ("check", "control", "## reading", "## limits"):
+        assert part in headings, f"no {part} in {file.name}"
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)
+def test_parameters_are_typed_literals_with_help(file):
+    (cell,) = [
+        c
+        for c in json.loads(file.read_text())["cells"]
+        if "parameters" in c["metadata"].get("tags", [])
+    ]
+    source = "".join(cell["source"])
+    for statement, line in zip(ast.parse(source).body, source.splitlines()):
+        assert isinstance(statement, ast.AnnAssign)
+        ast.literal_eval(statement.value)
+        assert "  # " in line, f"no help in: {line}"

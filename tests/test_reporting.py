@@ -1,0 +1,130 @@
+"""Tables, summaries and figures: complete on disk, honest about noise, escaped."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import plotly.io
+import pytest
+from scipy import stats
+
+from interp_kit.analyses.lens import trajectory_statistics
+from interp_kit.analyses.statistics import mean_interval
+from interp_kit.reporting.figures import attention_view, bars, heatmap, token_grid, trajectories
+from interp_kit.reporting.gallery import write_gallery
+from interp_kit.reporting.records import named, record, sentence
+
+LAYERS = pd.DataFrame({"layer": [-1, 0, 1], "value": [0.0, 1.0, -2.0], "series": "a"})
+LAYERS = LAYERS.assign(low=LAYERS.value - 1, high=LAYERS.value + 1)
+
+
+def test_intervals_are_students_t_over_prompts():
+    table = pd.DataFrame({"prompt": list("aabbcc"), "value": [1.0, 3, 4, 4, 9, 9]})
+    (row,) = mean_interval(table).itertuples()
+    means = [2.0, 4.0, 9.0]
+    low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
+    assert (row.value, row.n) == (5.0, 3)
+    assert (row.low, row.high) == pytest.approx((low, high))
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {"study": np.repeat(range(2000), 3), "prompt": np.tile(range(3), 2000)}
+    ).assign(value=rng.normal(size=6000))
+    found = mean_interval(table, ["study"])
+    assert ((found.low < 0) & (found.high > 0)).mean() == pytest.approx(0.95, abs=0.02)
+
+
+def test_one_prompt_has_no_interval():
+    row = mean_interval(pd.DataFrame({"prompt": ["a"], "value": [1.0]})).iloc[0]
+    assert math.isnan(row.low)
+    assert math.isnan(row.high)
+
+
+def test_trajectory_statistics_on_a_curve_that_is_known():
+    lens = pd.DataFrame(
+        {"prompt": "p", "group": "", "layer": [-1, 0, 1, 2, 3], "value": [9.0, 1, -1, 2, 4]}
+    )
+    (row,) = trajectory_statistics(lens).itertuples()
+    assert (row.mean, row.final) == (1.5, 4.0)
+    assert (row.positive_layers, row.negative_layers) == (3, 1)
+    assert (row.flip_layers, row.settled_layer) == ([1, 2], 2)
+
+
+def test_signed_figures_are_centred_on_zero():
+    table = pd.DataFrame({"layer": [0, 1], "head": [0, 0], "value": [-3.0, 1.0]})
+    trace = heatmap(table, x="head", y="layer", title="t", color_title="c").data[0]
+    assert (trace.zmin, trace.zmax) == (-3.0, 3.0)
+
+
+def test_text_from_models_never_becomes_markup():
+    evil = "<b onclick=x>&"
+    tokens = pd.DataFrame({"layer": [0], "rank": [1], "token": [evil], "p": [0.5]})
+    components = pd.DataFrame({"component": [evil], "value": [1.0]})
+    figures = [
+        token_grid(tokens, title=evil),
+        bars(components, label="component", title=evil, x_title="x"),
+        trajectories(LAYERS.assign(series=evil), y_title="y", title=evil),
+        heatmap(
+            pd.DataFrame({"pos": [0], "layer": [0], "value": [1.0]}),
+            x="pos", y="layer", title=evil, color_title="c", x_labels=[evil],
+        ),
+    ]  # fmt: skip
+    for figure in figures:
+        assert "<b onclick" not in figure.to_json().replace("\\u003c", "<")
+    view = attention_view(["</script><script>alert(1)</script>"], np.ones((1, 1, 1)))
+    assert "</script><script>alert" not in view.data
+
+
+def test_a_value_below_the_noise_floor_is_not_interpreted():
+    entry = named(1e-6, unit="nats")
+    assert "below the numerical noise floor" in sentence("x", entry, noise_floor=1e-5)
+    assert "below" not in sentence("x", named(1.0, unit="nats"), noise_floor=1e-5)
+
+
+def test_a_record_is_complete_and_valid_json(tmp_path):
+    table = pd.DataFrame({"prompt": ["a"], "value": [1.0]})
+    record(
+        tmp_path,
+        table=table,
+        summary={"x": named(mean_interval(table), unit="nats", control=0.1)},
+        figures={"f": trajectories(LAYERS, y_title="y", title="t")},
+        noise_floor=1e-6,
+        model="m",
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["values"]["x"] | {"low": None, "n": 1} == summary["values"]["x"]
+    assert summary["about"] == {"model": "m"}
+    assert summary["versions"]["torch"]
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "table.parquet"), table)
+    assert plotly.io.read_json(tmp_path / "figures" / "f.json").layout.title.text == "t"
+    assert not [p for p in tmp_path.rglob(".*")]
+
+
+def test_an_empty_folder_name_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record("", table=LAYERS, summary={}, figures={}, noise_floor=0.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_gallery_shows_failures_first_and_escapes(tmp_path):
+    cells = []
+    for name, state in (("good", "ok"), ("bad", "error")):
+        place = tmp_path / "nb" / name / "s"
+        place.mkdir(parents=True)
+        (place / "status.json").write_text(json.dumps({"traceback": "<img src=x>"}))
+        cells.append(
+            {
+                "notebook": "nb", "title": "Why <b>?", "model": name, "scenario": "s",
+                "folder": place, "state": state, "error": "<script>" * (state == "error"),
+            }
+        )  # fmt: skip
+    index = write_gallery(tmp_path, title="run", about="&", cells=cells)
+    text = index.read_text()
+    assert text.index("Failed") < text.index("Why &lt;b&gt;?")
+    assert "<script>" not in text
+    page = (tmp_path / "nb" / "bad" / "s" / "index.html").read_text()
+    assert "&lt;img src=x&gt;" in page
+    assert "http" not in text  # offline
