@@ -86,14 +86,14 @@ def report(run_file: RunFile, data: Data = None, outputs: Outputs = Path("output
 
 
 @app.command("list")
-def list_() -> None:
+def list_(data: Data = None) -> None:
     """Show the models, scenarios and notebooks that a run file may name."""
     from interp_kit.batch.matrix import list_notebooks
 
-    _print_list("models", {m.name: m.about or m.base for m in list_models()})
-    _print_list("scenarios", {s.name: s.about for s in list_scenarios()})
+    _print_list("models", {m.name: m.about or m.base for m in list_models(data)})
+    _print_list("scenarios", {s.name: s.about for s in list_scenarios(data)})
     _print_list("notebooks", list_notebooks())
-    typer.echo("searched: " + ", ".join(map(str, data_folders())))
+    typer.echo("searched: " + ", ".join(map(str, data_folders(data))))
 
 
 @app.command()

@@ -9,7 +9,7 @@ logit difference of the two differing tokens: the normaliser cancels.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -24,6 +24,7 @@ MAX_TOKENS = 8192  # tokens in one forward pass: bounds memory, not results
 Sign = Literal["positive", "negative"]
 
 
+@runtime_checkable
 class Tokenizing(Protocol):
     """What encoding needs of a model: a ``TransformerBridge`` has it, and so has a bare config.
 

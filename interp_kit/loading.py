@@ -335,6 +335,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             yield
     finally:
         transformers_logging.set_verbosity(level)

@@ -131,10 +131,13 @@ def data_folders(extra: str | Path | None = None) -> list[Path]:
 
 
 def slug(name: str) -> str:
-    """``name`` as a folder name: the last part of a path, ``org--name`` for a Hugging Face id."""
+    """``name`` as a folder name: the last part of a path, ``org--name`` for a Hugging Face id.
+
+    A scenario file loses its ``.yaml``.
+    """
     if HUGGING_FACE_ID.fullmatch(name) and not Path(name).is_dir():
         return name.replace("/", "--")
-    last = Path(name).name
+    last = Path(name).name.removesuffix(".yaml")
     if not NAME.fullmatch(last):
         raise InputError(
             f"{name!r} cannot name a folder: expected letters, digits, '.', '_', '-' "
@@ -254,7 +257,7 @@ def unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())
         raise InputError(f"{file}: not readable as YAML ({where}); mend the file") from None
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):

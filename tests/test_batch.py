@@ -54,7 +54,7 @@ def cells_of(study, notebooks, **kwargs):
         "notebooks": notebooks,
     }
     file = study / "trial.yaml"
-    file.write_text(yaml.safe_dump(run))
+    file.write_text(yaml.safe_dump(run, sort_keys=False))
     return expand(
         read_run(file), outputs=study / "outputs", notebooks=study / "notebooks", **kwargs
     )

@@ -85,14 +85,14 @@ def test_patching_a_prompt_into_itself_changes_nothing(tiny_bridge):
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_the_whole_stream_at_the_only_difference_carries_the_whole_decision(tiny_bridge, direction):
     prompts = tiny_prompts(tiny_bridge)[:2]
-    table = activation_patching(tiny_bridge, prompts, unit="resid_pre", direction=direction)
+    table = activation_patching(tiny_bridge, prompts, unit="resid_pre", directions=[direction])
     first = table[(table.layer == 0)].groupby("prompt").head(1)
     assert first.value.to_numpy() == pytest.approx(first.source.to_numpy(), abs=1e-4)
 
 
 def test_patching_equals_one_naive_forward_per_component(tiny_bridge):
     prompt = tiny_prompts(tiny_bridge)[0]
-    table = activation_patching(tiny_bridge, [prompt], unit="component", direction="noise")
+    table = activation_patching(tiny_bridge, [prompt], unit="component", directions=["noise"])
     tokens = torch.tensor([prompt.branch])
     source = torch.tensor([prompt.counterfactual + prompt.shared])
     _, cache = tiny_bridge.run_with_cache(source)

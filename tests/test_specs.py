@@ -106,6 +106,7 @@ def test_no_name_becomes_a_path_unchecked(name):
 def test_slugs():
     assert slug("google/gemma-2-2b-it") == "google--gemma-2-2b-it"
     assert slug("/some/where/my-model") == "my-model"
+    assert slug("../study/trust.yaml") == "trust"
 
 
 def test_two_models_of_one_folder_name_are_refused(tmp_path):

@@ -63,7 +63,7 @@ def activation_patching(
     prompts: Sequence[Prompt],
     *,
     unit: Unit,
-    direction: Direction = "denoise",
+    directions: Sequence[Direction] = ("denoise", "noise"),
 ) -> pd.DataFrame:
     """The decision with one unit patched, for every unit.
 
@@ -71,29 +71,30 @@ def activation_patching(
     every MLP, at all positions. "resid_pre": the residual stream before every block, at every
     single position from the first in which the prompts differ; before it nothing can change.
 
-    Returns one row for each prompt and unit: ``prompt group component layer head pos``;
-    ``baseline`` and ``source``, the decisions of the run that is patched and of the run that is
-    copied from; ``value``, the decision after patching; ``change`` = value - baseline, all in
-    nats; and ``recovered_fraction`` = change / (source - baseline), missing where those two differ
-    by less than 0.01. ``pos`` is -1 for all positions.
+    Returns one row for each direction, prompt and unit: ``direction prompt group component layer
+    head pos``, with ``pos`` -1 for all positions; ``baseline`` and ``source``, the decisions of the
+    run that is patched and of the run that is copied from; ``value``, the decision after patching;
+    ``change`` = value - baseline, all in nats; and ``recovered_fraction`` = change / (source -
+    baseline), missing where those two differ by less than 0.01.
 
     Raises ``InputError`` for a prompt without counterfactual or with one of another length.
     """
     prompts = list(prompts)
     _require_aligned(prompts)
     tables = []
-    for prompt in tqdm(prompts, desc=f"{direction} {unit}", unit="prompt", leave=False):
+    pairs = [(direction, prompt) for direction in directions for prompt in prompts]
+    for direction, prompt in tqdm(pairs, desc=f"patching {unit}", unit="sweep", leave=False):
         target = prompt.swapped() if direction == "denoise" else prompt
         assert target.counterfactual is not None
         start = _first_difference(target.tokens, target.counterfactual)
         patches = _patches(bridge, unit, range(start, len(target.tokens)))
         table = _sweep(bridge, target, patches, start=start)
-        tables.append(table.assign(prompt=prompt.id, group=prompt.group))
+        tables.append(table.assign(direction=direction, prompt=prompt.id, group=prompt.group))
     table = pd.concat(tables, ignore_index=True)
     gap = table.source - table.baseline
     table["change"] = table.value - table.baseline
     table["recovered_fraction"] = (table.change / gap).where(gap.abs() > SAME, np.nan)
-    columns = ["prompt", "group", "component", "layer", "head", "pos"]
+    columns = ["direction", "prompt", "group", "component", "layer", "head", "pos"]
     columns += ["baseline", "source", "value", "change", "recovered_fraction"]
     return table.loc[:, columns]
 

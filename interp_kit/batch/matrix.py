@@ -24,6 +24,7 @@ import papermill
 from pydantic import TypeAdapter, ValidationError
 
 from interp_kit.specs import (
+    NAME,
     REPOSITORY,
     InputError,
     ModelSpec,
@@ -150,8 +151,8 @@ def _matches(cell: Cell, pattern: str) -> bool:
 
 # ------------------------------------------------------------------------------------ parameters
 def _find_notebook(name: str, folder: Path) -> Path:
-    file = folder / f"{slug(name).removesuffix('.ipynb')}.ipynb"
-    if not file.is_file():
+    file = folder / f"{name.removesuffix('.ipynb')}.ipynb"
+    if not NAME.fullmatch(name) or not file.is_file():
         known = {p.stem for p in folder.glob("*.ipynb")}
         raise InputError(unknown("notebook", name, known, f"a file in {folder.name}/"))
     return file

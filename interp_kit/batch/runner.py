@@ -91,6 +91,7 @@ def _run_cell(cell: Cell, kernel: str) -> Outcome:
                 progress_bar=False,
                 execution_timeout=CELL_TIMEOUT,
                 shutdown_kernel="immediate",  # nothing is left to save: 2 s less a run
+                extra_arguments=["--IPKernelApp.log_level=40"],  # errors only
             )
     except papermill.PapermillExecutionError as error:
         failure = {

@@ -93,7 +93,7 @@ def heatmap(
             zmin=-bound,
             zmax=bound,
             colorscale=DIVERGING,
-            colorbar={"title": {"text": color_title, "side": "right"}},
+            colorbar={"title": {"text": color_title, "side": "top"}},
             customdata=[labels] * len(grid),
             hovertemplate=f"{y} %{{y}}<br>{x} %{{customdata}}<br>%{{z:.3f}}<extra></extra>",
             texttemplate="%{z:.2f}" if text else None,
@@ -155,7 +155,7 @@ def token_grid(table: pd.DataFrame, *, title: str) -> go.Figure:
             colorscale="Blues",
             zmin=0,
             zmax=1,
-            colorbar={"title": {"text": "probability", "side": "right"}},
+            colorbar={"title": {"text": "p", "side": "top"}},
         )
     )
     figure.update_yaxes(title="layer (-1 = embedding)", dtick=1, showgrid=False)
@@ -204,15 +204,16 @@ def _line_with_band(
     legend: bool = True,
     **at: int,
 ) -> None:
-    own = own.sort_values("layer")
+    own, name = own.sort_values("layer"), escape(name)
     if own.low.notna().all():
         figure.add_scatter(
-            x=[*own.layer, *own.layer[::-1]], y=[*own.high, *own.low[::-1]], fill="toself",
-            fillcolor=color, opacity=0.15, line={"width": 0}, hoverinfo="skip", showlegend=False,
+            x=[*own.layer, *own.layer[::-1]], y=[*own.high, *own.low[::-1]],
+            fill="toself", fillcolor=color, opacity=0.15, line={"width": 0}, mode="lines",
+            hoverinfo="skip", showlegend=False,
             legendgroup=name, **at,
         )  # fmt: skip
     figure.add_scatter(
-        x=own.layer, y=own.value, name=escape(name), legendgroup=name, showlegend=legend,
+        x=own.layer, y=own.value, name=name, legendgroup=name, showlegend=legend,
         line={"color": color, "dash": dash, "width": 2}, mode="lines+markers", **at,
     )  # fmt: skip
 

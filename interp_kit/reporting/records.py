@@ -13,6 +13,8 @@ import plotly.graph_objects as go
 
 PACKAGES = ("interp-kit", "transformer-lens", "torch", "transformers", "peft")
 
+MEASURED = ("nats", "logits")  # units that rounding errors have too
+
 Named = dict[str, Any]
 Summary = Mapping[str, Named]
 
@@ -36,16 +38,22 @@ def named(
 
 
 def sentence(name: str, entry: Named, *, noise_floor: float = 0.0) -> str:
-    """``final decision: 2.310 nats [1.902, 2.718], n = 3; control 0.120`` — or below the noise."""
-    text = f"{name.replace('_', ' ')}: {entry['value']:.3f} {entry['unit']}"
+    """``final decision: 2.310 nats [1.902, 2.718], n = 3; control 0.120``.
+
+    A value in nats or logits below the noise floor is shown as such and not interpreted.
+    """
+    value, unit = entry["value"], entry["unit"]
+    number = f"{value:.3f}" if unit in MEASURED or not float(value).is_integer() else f"{value:.0f}"
+    which = f" ({entry['component']})" if "component" in entry else ""
+    text = f"{name.replace('_', ' ')}{which}: {number} {unit}".rstrip()
     if not math.isnan(entry.get("low", math.nan)):
         text += f" [{entry['low']:.3f}, {entry['high']:.3f}]"
     if "n" in entry:
         text += f", n = {entry['n']}"
     if "control" in entry:
         text += f"; control {entry['control']:.3f}"
-    if abs(entry["value"]) < noise_floor:
-        text += f" — below the numerical noise floor ({noise_floor:.1e}): not interpreted"
+    if unit in MEASURED and abs(value) < noise_floor:
+        text += f" (below the numerical noise floor of {noise_floor:.1e}: not interpreted)"
     return text
 
 
