@@ -7,9 +7,10 @@ from interp_kit.analyses.attribution import (
     direct_logit_attribution,
     head_sum_error,
     pre_cap_decision,
+    random_direction_control,
 )
 from interp_kit.analyses.comparison import bridge_error
-from interp_kit.analyses.lens import logit_lens, top_tokens
+from interp_kit.analyses.lens import logit_lens, random_direction_lens, top_tokens
 from interp_kit.analyses.patching import activation_patching, identity_patch_error
 from interp_kit.decisions import decide
 from interp_kit.loading import load_huggingface, load_model
@@ -88,6 +89,21 @@ def test_the_whole_stream_at_the_only_difference_carries_the_whole_decision(tiny
     table = activation_patching(tiny_bridge, prompts, unit="resid_pre", directions=[direction])
     first = table[(table.layer == 0)].groupby("prompt").head(1)
     assert first.value.to_numpy() == pytest.approx(first.source.to_numpy(), abs=1e-4)
+
+
+def test_random_directions_are_as_long_as_the_decisions_own(tiny_bridge):
+    """A random direction r of length |w| gives each part o a share of variance |o|^2 |w|^2 / d."""
+    prompts = [tiny_prompts(tiny_bridge)[2]]
+    shares = random_direction_control(tiny_bridge, prompts, n=2000, seed=0)
+    summed = shares.groupby("draw").value.sum()
+    final = tiny_bridge.run_with_cache(torch.tensor([prompts[0].tokens]))[1]["ln_final.hook_out"]
+    positive, negative = prompts[0].branch_ids
+    w = tiny_bridge.W_U[:, positive] - tiny_bridge.W_U[:, negative]
+    expected = float(final[0, -1].norm() * w.norm() / tiny_bridge.cfg.d_model**0.5)
+    assert summed.std() == pytest.approx(expected, rel=0.1)
+    lens = random_direction_lens(tiny_bridge, prompts, n=2000, seed=0)
+    last = lens[lens.layer == lens.layer.max()]
+    assert last.value.std() == pytest.approx(expected, rel=0.1)
 
 
 def test_patching_equals_one_naive_forward_per_component(tiny_bridge):

@@ -69,7 +69,8 @@ def activation_patching(
 
     ``unit`` "component": every head (its ``z``: truly one head under grouped-query attention) and
     every MLP, at all positions. "resid_pre": the residual stream before every block, at every
-    single position from the first in which the prompts differ; before it nothing can change.
+    single position from the first in which the prompts differ (before it nothing can change) to
+    the one where the answers part, their shared tokens included.
 
     Returns one row for each direction, prompt and unit: ``direction prompt group component layer
     head pos``, with ``pos`` -1 for all positions; ``baseline`` and ``source``, the decisions of the
@@ -87,7 +88,7 @@ def activation_patching(
         target = prompt.swapped() if direction == "denoise" else prompt
         assert target.counterfactual is not None
         start = _first_difference(target.tokens, target.counterfactual)
-        patches = _patches(bridge, unit, range(start, len(target.tokens)))
+        patches = _patches(bridge, unit, range(start, len(target.branch)))
         table = _sweep(bridge, target, patches, start=start)
         tables.append(table.assign(direction=direction, prompt=prompt.id, group=prompt.group))
     table = pd.concat(tables, ignore_index=True)
@@ -107,7 +108,7 @@ def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -
     worst = 0.0
     for prompt in prompts:
         itself = replace(prompt, counterfactual=prompt.tokens)
-        length = len(prompt.tokens)
+        length = len(prompt.branch)
         patches = _patches(bridge, "component", range(0))
         patches += _patches(bridge, "resid_pre", range(0, length, max(1, length // 8)))
         table = _sweep(bridge, itself, patches, start=0)
@@ -119,14 +120,17 @@ def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -
 def attention_patterns(
     bridge: TransformerBridge, prompt: Prompt, heads: Sequence[tuple[int, int]]
 ) -> Float[Tensor, "head pos pos"]:
-    """Attention of each (layer, head): row = attending position, column = attended to."""
+    """Attention of each (layer, head) on ``prompt.branch``, up to where the answers part.
+
+    Row = attending position, column = attended to; the last row is where the decision is read.
+    """
     kept: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
         return lambda pattern, hook: kept.update({layer: pattern[0]})
 
     bridge.run_with_hooks(
-        torch.tensor([prompt.tokens], device=bridge.cfg.device),
+        torch.tensor([prompt.branch], device=bridge.cfg.device),
         fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", keep(layer)) for layer, _ in heads],
     )
     return torch.stack([kept[layer][head] for layer, head in heads]).float().cpu()
