@@ -1,7 +1,10 @@
 """Adapters on one base equal merged models; what is unsafe or wrong is refused before it loads."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -152,3 +155,39 @@ def test_a_real_checkpoint_loads_by_folder(shared):
     assert (bridge.cfg.n_layers, bridge.cfg.n_heads, bridge.cfg.n_key_value_heads) == (5, 8, 4)
     text = bridge.generate("Once upon a time", max_new_tokens=20, do_sample=False, verbose=False)
     assert "there was" in text
+
+
+def test_a_base_and_its_adapter_load_by_hugging_face_id_from_the_cache(tmp_path, tiny_folders):
+    """As gemma-2-2b-it with a LoRA does once it was downloaded: ids, no network, no retries."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def publish(repository: str):
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        return folder / "snapshots" / ("0" * 40)
+
+    shutil.copytree(tiny_folders["gemma2"], publish("acme/tiny"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_folders["gemma2"])
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    get_peft_model(base, lora).save_pretrained(str(publish("acme/lora")))
+    spec = tmp_path / "models" / "mine" / "model.yaml"
+    spec.parent.mkdir(parents=True)
+    spec.write_text("base: acme/tiny\nadapter: acme/lora\n")
+    code = (
+        "import torch; from interp_kit import load_models\n"
+        f"models = load_models(['mine', 'acme/tiny'], data={str(tmp_path)!r})\n"
+        "tokens = torch.arange(3, 20)[None]\n"
+        "mine = models.switch('mine')(tokens)\n"
+        "print(float((models.switch('acme/tiny')(tokens) - mine).abs().max()) > 0.01)"
+    )
+    environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "True", done.stderr[-2000:]
+    assert time.perf_counter() - started < 40  # a hub that is asked in vain costs 45 s
