@@ -315,7 +315,8 @@ def _check(bridge: Tokenizing, prompt: Prompt, positive: str, negative: str) -> 
             f"prompt {prompt.id!r}: the answers {same} for this tokenizer ({'; '.join(shown)}); "
             "expected answers that part at some token: reword them, or end both with a period"
         )
-    longest = len(prompt.tokens) + max(len(prompt.positive), len(prompt.negative))
+    longest = max(len(prompt.tokens), len(prompt.counterfactual or ()))
+    longest += max(len(prompt.positive), len(prompt.negative))
     if longest > bridge.cfg.n_ctx:
         raise InputError(
             f"prompt {prompt.id!r}: {longest} tokens with its answer, the model's context holds "

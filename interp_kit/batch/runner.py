@@ -22,6 +22,7 @@ from tqdm import tqdm
 from interp_kit.batch.matrix import Cell
 from interp_kit.reporting.records import dump_json, write_atomically
 
+KERNEL = "python3"  # of the environment that runs the batch
 CELL_TIMEOUT = 3600  # seconds that one notebook cell may take
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -42,7 +43,7 @@ def stale(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def run_cells(
-    cells: Sequence[Cell], *, workers: int, data: str | Path | None = None, kernel: str = "python3"
+    cells: Sequence[Cell], *, workers: int, data: str | Path | None = None
 ) -> list[Outcome]:
     """Run what is stale, ``workers`` at once; one outcome for each cell, in the order given."""
     todo = {cell.id for cell in stale(cells)}
@@ -52,7 +53,7 @@ def run_cells(
         if cell.id not in todo
     }
     _prepare_environment(workers, data)
-    jobs = [delayed(_run_cell)(cell, kernel) for cell in cells if cell.id in todo]
+    jobs = [delayed(_run_cell)(cell) for cell in cells if cell.id in todo]
     # Kernels are processes of their own, so threads are enough to wait for them.
     pool = Parallel(n_jobs=workers, backend="threading", return_as="generator_unordered")
     with tqdm(total=len(jobs), desc="cells", unit="cell", disable=not jobs) as progress:
@@ -75,7 +76,7 @@ def _prepare_environment(workers: int, data: str | Path | None) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of a headless notebook end up in its output
 
 
-def _run_cell(cell: Cell, kernel: str) -> Outcome:
+def _run_cell(cell: Cell) -> Outcome:
     started = time.monotonic()
     shutil.rmtree(cell.folder, ignore_errors=True)
     cell.folder.mkdir(parents=True)
@@ -87,7 +88,7 @@ def _run_cell(cell: Cell, kernel: str) -> Outcome:
                 str(cell.notebook),
                 str(cell.folder / "run.ipynb"),
                 cell.parameters,
-                kernel_name=kernel,
+                kernel_name=KERNEL,
                 progress_bar=False,
                 execution_timeout=CELL_TIMEOUT,
                 shutdown_kernel="immediate",  # nothing is left to save: 2 s less a run
