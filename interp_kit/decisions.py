@@ -158,10 +158,10 @@ def encode_scenario(bridge: Tokenizing, scenario: Scenario) -> list[Prompt]:
 def with_random_answers(
     bridge: Tokenizing, prompts: Sequence[Prompt], *, n: int = 16, seed: int = 0
 ) -> list[Prompt]:
-    """A control: every prompt ``n`` times, each time with two random tokens as its answers.
+    """A control: every prompt ``n`` times, with two random tokens where its answers part.
 
-    What an analysis finds for these is what it finds for a decision that the prompt does not ask
-    for. Ids stay those of the prompts.
+    Read at the same position as the decision, they are a contrast that the prompt does not ask for.
+    Ids stay those of the prompts.
     """
     generator = torch.Generator().manual_seed(seed)
     size = min(bridge.cfg.d_vocab, len(bridge.tokenizer))
@@ -169,7 +169,8 @@ def with_random_answers(
     for prompt in prompts:
         for _ in range(n):
             first, second = torch.randperm(size, generator=generator)[:2].tolist()
-            controls.append(replace(prompt, positive=(first,), negative=(second,)))
+            positive, negative = (*prompt.shared, first), (*prompt.shared, second)
+            controls.append(replace(prompt, positive=positive, negative=negative))
     return controls
 
 

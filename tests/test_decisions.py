@@ -121,6 +121,7 @@ def test_random_answers_keep_the_prompt_and_differ(tiny_bridge):
     controls = with_random_answers(tiny_bridge, prompts, n=5, seed=1)
     assert [c.id for c in controls[:5]] == ["0"] * 5
     assert all(c.positive != c.negative for c in controls)
+    assert controls[0].branch == prompts[0].branch  # read where the decision is read
     assert controls == with_random_answers(tiny_bridge, prompts, n=5, seed=1)
 
 
