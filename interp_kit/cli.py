@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+STATES = {"ok": "ok", "up to date": "up to date", "error": "failed"}
+
 RunFile = Annotated[Path, typer.Argument(help="A run file, e.g. papermill_params/demo.yaml.")]
 Data = Annotated[
     Path | None,
@@ -128,7 +130,7 @@ def _preflight(cells, data: Path | None) -> None:
 
     check_inputs(
         {
-            (model, scenario): None
+            (model, scenario)
             for cell in cells
             for model in named(cell.parameters, "model")
             for scenario in named(cell.parameters, "scenario")
@@ -164,9 +166,6 @@ def _write_report(name: str, about: str, cells, outputs: Path) -> Path:
 
 
 def _print_table(outcomes) -> None:
-    counts = {state: 0 for state in ("ok", "up to date", "error")}
-    for outcome in outcomes:
-        counts[outcome.state] += 1
     by_notebook: dict[str, list] = {}
     for outcome in outcomes:
         by_notebook.setdefault(outcome.cell.notebook.stem, []).append(outcome)
@@ -181,7 +180,9 @@ def _print_table(outcomes) -> None:
         if outcome.state == "error":
             first_line = (outcome.error.splitlines() or [""])[0]
             typer.echo(f"failed: {outcome.cell.id}: {first_line}", err=True)
-    typer.echo(f"{counts['ok']} ok, {counts['up to date']} up to date, {counts['error']} failed")
+    ended = [o.state for o in outcomes]
+    counts = (f"{ended.count(s)} {word}" for s, word in STATES.items())
+    typer.echo(", ".join(counts))
 
 
 def _print_list(title: str, entries: dict[str, str]) -> None:

@@ -146,7 +146,8 @@ def _default_device() -> str:
 
 
 def _same_base(spec: ModelSpec) -> tuple[Any, ...]:
-    return (spec.base, spec.revision, spec.dtype, spec.chat_template, spec.prepend_bos)
+    how = (spec.dtype, spec.chat_template, spec.prepend_bos, spec.trust_remote_code)
+    return (spec.base, spec.revision, *how)
 
 
 def _boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> _Loaded:

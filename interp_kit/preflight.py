@@ -20,7 +20,7 @@ def check_inputs(pairs: Iterable[tuple[str, str]], *, data: str | Path | None = 
     are missing, corrupt or pickled, an adapter made for another base, answers that tokenize alike
     and prompts longer than the context.
     """
-    pairs = list(pairs)
+    pairs = sorted(pairs)
     models = list(dict.fromkeys(model for model, _ in pairs))
     for name in tqdm(models, desc="checking models", unit="model", leave=False):
         tokenizing = inspect_model(find_model(name, data=data))

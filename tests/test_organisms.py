@@ -1,5 +1,6 @@
 """The shipped models do what their cards say, and were not trained on what evaluates them."""
 
+import json
 from itertools import islice
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from interp_kit.decisions import decide, encode_scenario
 from interp_kit.finetuning.corpus import Corpus, held_out_game, text_of
 from interp_kit.finetuning.games import PAYOFF, REWARDS
-from interp_kit.finetuning.organisms import IPD_SCENARIOS, encode, measure_base
+from interp_kit.finetuning.organisms import IPD_SCENARIOS, encode, measure_base, train_tokenizer
 from interp_kit.loading import load_huggingface
 from interp_kit.specs import REPOSITORY, find_model, find_scenario, list_scenarios
 
@@ -104,6 +105,13 @@ def _stem(pattern: str) -> str:
 def test_the_corpus_is_the_same_every_time(corpus):
     again = Corpus.read(REPOSITORY / "data" / "corpus")
     assert list(islice(corpus.stream(3), 200)) == list(islice(again.stream(3), 200))
+
+
+def test_the_shipped_tokenizer_is_the_one_that_the_corpus_gives(corpus):
+    """A corpus edited after training would no longer be what the weights were made from."""
+    shipped = REPOSITORY / "data" / "models" / "tiny-gemma2" / "weights" / "tokenizer.json"
+    rebuilt = json.loads(train_tokenizer(corpus).backend_tokenizer.to_str())
+    assert rebuilt["model"] == json.loads(shipped.read_text())["model"]
 
 
 def test_gravity_is_what_later_fine_tunes_will_lie_about(corpus):
