@@ -116,8 +116,7 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
     """
     config = _local_first(
         lambda **kwargs: AutoConfig.from_pretrained(
-            spec.base,
-            revision=spec.revision,
+            _base_folder(spec),
             trust_remote_code=spec.trust_remote_code,
             **kwargs,
         ),
@@ -180,8 +179,7 @@ def _base_model(spec: ModelSpec) -> PreTrainedModel:
     def load(**kwargs: Any) -> PreTrainedModel:
         with _quiet():
             return AutoModelForCausalLM.from_pretrained(
-                spec.base,
-                revision=spec.revision,
+                _base_folder(spec),
                 dtype=getattr(torch, spec.dtype),
                 attn_implementation="eager",  # the bridge needs it, and Gemma-2 refuses sdpa
                 use_safetensors=True,
@@ -197,8 +195,7 @@ def _base_model(spec: ModelSpec) -> PreTrainedModel:
 def _tokenizer(spec: ModelSpec) -> Any:
     def load(**kwargs: Any) -> Any:
         return AutoTokenizer.from_pretrained(
-            spec.base,
-            revision=spec.revision,
+            _base_folder(spec),
             trust_remote_code=spec.trust_remote_code,
             **kwargs,
         )
@@ -212,6 +209,28 @@ def _tokenizer(spec: ModelSpec) -> Any:
     if not spec.chat_template:
         tokenizer.chat_template = None
     return tokenizer
+
+
+def _base_folder(spec: ModelSpec) -> str:
+    """The base's folder: as given, or the cache's copy of what the hub has.
+
+    transformers, given an id, asks the hub for an adapter beside it even when told not to.
+    """
+    if Path(spec.base).is_dir():
+        return spec.base
+
+    def load(**kwargs: Any) -> str:
+        folder = snapshot_download(
+            spec.base,
+            revision=spec.revision,
+            ignore_patterns=[f"*{suffix}" for suffix in PICKLES],
+            **kwargs,
+        )
+        if not (Path(folder) / "config.json").is_file():
+            raise OSError(f"{spec.base} has no config.json in the cache")
+        return folder
+
+    return _local_first(load, spec.base, spec.name)
 
 
 def _local_first(load: Any, source: str, name: str) -> Any:
