@@ -6,7 +6,7 @@ share their first tokens and differ in one, teacher-forcing the shared tokens ma
 logit difference of the two differing tokens: the normaliser cancels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -36,6 +36,15 @@ class Tokenizing(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A named part of a prompt: its token positions, and those of its counterfactual."""
+
+    name: str
+    positions: tuple[int, ...]
+    counterfactual: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One prompt and its two answers as token ids.
 
@@ -52,6 +61,7 @@ class Prompt:
     positive_label: str = "positive"
     negative_label: str = "negative"
     counterfactual: tuple[int, ...] | None = None
+    segments: tuple[Segment, ...] = ()
 
     @property
     def shared(self) -> tuple[int, ...]:
@@ -80,7 +90,15 @@ class Prompt:
         if self.counterfactual is None:
             raise InputError(f"prompt {self.id!r} has no counterfactual; add one to the scenario")
         return replace(
-            self, text="", tokens=self.counterfactual, counterfactual=self.tokens, id=f"{self.id}*"
+            self,
+            id=f"{self.id}*",
+            text="",
+            tokens=self.counterfactual,
+            counterfactual=self.tokens,
+            segments=tuple(
+                replace(s, positions=s.counterfactual, counterfactual=s.positions)
+                for s in self.segments
+            ),
         )
 
 
@@ -107,14 +125,17 @@ def encode(
     group: str = "",
     counterfactual: str | None = None,
     labels: tuple[str, str] = ("positive", "negative"),
+    segments: Mapping[str, str | Sequence[str]] | None = None,
 ) -> Prompt:
     """Tokenize one prompt as in generation: chat template where the tokenizer has one, then BOS.
 
     Answers are what the tokenizer adds to the prompt: give the leading space, except after a chat
-    template, where a leading space is dropped.
+    template, where a leading space is dropped. ``segments`` name parts of the prompt by their text
+    (or by two texts, in the prompt and in its counterfactual): every token that overlaps with it.
 
-    Raises ``InputError`` if the answers have the same token ids, if one begins with the other, or
-    if the prompt does not fit into the context.
+    Raises ``InputError`` if the answers have the same token ids, if one begins with the other, if a
+    segment has different numbers of tokens in prompt and counterfactual, or if the prompt does not
+    fit into the context.
     """
     formatted = _formatted(bridge, text)
     if formatted != text:
@@ -132,6 +153,10 @@ def encode(
         positive_label=labels[0],
         negative_label=labels[1],
         counterfactual=swapped,
+        segments=tuple(
+            _segment(bridge, id, name, parts, formatted, counterfactual)
+            for name, parts in (segments or {}).items()
+        ),
     )
     _check(bridge, prompt, positive, negative)
     return prompt
@@ -150,6 +175,7 @@ def encode_scenario(bridge: Tokenizing, scenario: Scenario) -> list[Prompt]:
             group=prompt.group,
             counterfactual=prompt.counterfactual,
             labels=(decision.labels.positive, decision.labels.negative),
+            segments=prompt.segments,
         )
         for prompt in scenario.prompts
     ]
@@ -284,6 +310,40 @@ def _ids(bridge: Tokenizing, text: str) -> tuple[int, ...]:
     if wanted and ids[:1] != [bos]:  # a chat template brings its own
         ids = [bos, *ids]
     return tuple(ids)
+
+
+def _segment(
+    bridge: Tokenizing,
+    prompt: str,
+    name: str,
+    parts: str | Sequence[str],
+    formatted: str,
+    counterfactual: str | None,
+) -> Segment:
+    here, there = (parts, parts) if isinstance(parts, str) else parts
+    ours = _positions_of(bridge, here, formatted)
+    if counterfactual is None:
+        return Segment(name=name, positions=ours)
+    theirs = _positions_of(bridge, there, _formatted(bridge, counterfactual))
+    if len(ours) != len(theirs):
+        raise InputError(
+            f"prompt {prompt!r}: segment {name!r} has {len(ours)} tokens, and {len(theirs)} in the "
+            "counterfactual; expected equal numbers, so that positions correspond: reword one"
+        )
+    return Segment(name=name, positions=ours, counterfactual=theirs)
+
+
+def _positions_of(bridge: Tokenizing, part: str, text: str) -> tuple[int, ...]:
+    """Positions, BOS counted, of the tokens that overlap with ``part`` in ``text``."""
+    offsets = bridge.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    first = text.index(part)
+    last = first + len(part)
+    added = len(_ids(bridge, text)) - len(offsets["input_ids"])  # a BOS
+    return tuple(
+        added + i
+        for i, (start, end) in enumerate(offsets["offset_mapping"])
+        if start < last and end > first
+    )
 
 
 def _answer_ids(

@@ -56,9 +56,7 @@ class Models:
 
     def switch(self, name: str) -> TransformerBridge:
         """The bridge, computing as model ``name``: its base and exactly its adapter."""
-        if name not in self.specs:
-            raise InputError(f"model {name!r} was not loaded; expected one of {list(self.specs)}")
-        loaded = self._load(self.specs[name])
+        loaded = self._load(self._spec(name))
         if not loaded.adapters:
             return loaded.bridge
         model: Any = loaded.bridge.original_model
@@ -69,6 +67,21 @@ class Models:
         else:
             model.disable_adapters()
         return loaded.bridge
+
+    def require_one_base(self, *names: str) -> None:
+        """Raise ``InputError`` unless all of these are fine-tunes of one base, or that base."""
+        keys = {_same_base(self._spec(name)) for name in names}
+        if len(keys) > 1:
+            bases = ", ".join(f"{name!r} on {self.specs[name].base!r}" for name in names)
+            raise InputError(
+                f"activations move only between fine-tunes of one base, loaded alike ({bases}); "
+                "choose models with the same base, revision, dtype and prompt format"
+            )
+
+    def _spec(self, name: str) -> ModelSpec:
+        if name not in self.specs:
+            raise InputError(f"model {name!r} was not loaded; expected one of {list(self.specs)}")
+        return self.specs[name]
 
     def _load(self, spec: ModelSpec) -> _Loaded:
         key = _same_base(spec)

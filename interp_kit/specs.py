@@ -78,6 +78,23 @@ class PromptSpec(_Spec):
     text: Annotated[str, Field(min_length=1)]
     counterfactual: str | None = None
     group: str = ""
+    segments: dict[str, str | list[str]] = {}  # name -> its text, or [in text, in counterfactual]
+
+    @model_validator(mode="after")
+    def _segments_occur(self) -> "PromptSpec":
+        for name, given in self.segments.items():
+            parts = [given, given] if isinstance(given, str) else given
+            if len(parts) != 2 or not all(parts):
+                raise ValueError(
+                    f"segment {name!r}: expected its text, or two texts (in text, in counterfactual)"
+                )
+            for part, text in zip(parts, (self.text, self.counterfactual)):
+                if text is not None and text.count(part) != 1:
+                    raise ValueError(
+                        f"segment {name!r}: {part!r} occurs {text.count(part)} times in "
+                        f"{text!r}; expected once: give more or fewer words of it"
+                    )
+        return self
 
 
 class Scenario(_Spec):

@@ -1,0 +1,362 @@
+"""One prompt and one source of activations, recorded once: then any set of patches has a decision.
+
+``counterfactual_experiment``: from another prompt. ``cross_model_experiment``: from another model
+on the same prompt. ``ablation_experiment``: from nowhere (zero, or a mean). Patching asks for one
+patch at a time, circuits for sets of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from interp_kit.decisions import Prompt, Sign, teacher_forced
+from interp_kit.loading import Models
+from interp_kit.specs import InputError
+from interp_kit.sweeps import (
+    HOOKS,
+    NOTHING,
+    Patch,
+    Place,
+    Recording,
+    Row,
+    Site,
+    Source,
+    Sweep,
+    check_memory,
+    head_outputs,
+    record,
+)
+
+Metric = Literal["decision", "kl"]
+Unit = Literal[
+    "component", "head", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "neuron"
+]
+Positions = Literal["all", "each", "decision", "segments"]
+Replacement = Literal["zero", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What patches do to one prompt: ``values(rows)``.
+
+    ``baseline`` and ``source`` are the unpatched values of the run that is patched and of the run
+    that is copied from. Decisions are in nats; the metric "kl" is the divergence in nats of the
+    next-token distribution where the answers part from that of the unpatched run.
+    """
+
+    prompt: Prompt
+    metric: Metric
+    baseline: float
+    source: float
+    _readings: "list[_Reading]"
+
+    def values(
+        self, rows: Sequence[Row], *, base: Row = NOTHING, skip: bool = True
+    ) -> Float[Tensor, "row"]:
+        """The base's value, then each row's. A row is a set of patches, ``base`` not included."""
+        parts = [reading.values(rows, base=base, skip=skip) for reading in self._readings]
+        return torch.stack(parts).sum(0)
+
+
+def components(bridge: TransformerBridge, unit: Unit, *, layer: int | None = None) -> list[Patch]:
+    """Every patch of this kind, at all positions: "component" is every head and every MLP.
+
+    ``layer`` keeps to one layer; neurons need it. Raises ``InputError`` for a layer that the model
+    does not have, and for a kind that it has not (no neurons in a mixture of experts).
+    """
+    cfg = bridge.cfg
+    if layer is not None and not 0 <= layer < cfg.n_layers:
+        raise InputError(f"layer {layer} does not exist; expected 0 to {cfg.n_layers - 1}")
+    if unit == "neuron" and layer is None:
+        raise InputError("neurons are patched in one layer at a time; give layer=")
+    sites: list[Site] = {"component": ["z", "mlp_out"], "head": ["z"]}.get(unit, [unit])  # type: ignore
+    layers = range(cfg.n_layers) if layer is None else [layer]
+    for site in sites:
+        name = HOOKS[site].format(layers[0])
+        if name not in bridge.hook_dict:
+            raise InputError(
+                f"this model has no {name}, so unit {unit!r} cannot be patched; "
+                f"expected a unit that it has, such as 'component' or 'resid_pre'"
+            )
+    n = {"z": cfg.n_heads, "neuron": cfg.d_mlp}
+    return [
+        Patch(layer=at, site=site, index=index)
+        for at in layers
+        for site in sites
+        for index in (range(n[site]) if site in n else [-1])
+    ]
+
+
+def find_component(bridge: TransformerBridge, name: str) -> Patch:
+    """The head or MLP called ``name`` (``L2H3``, ``L2_MLP``); ``InputError`` if there is none."""
+    known = {patch.component: patch for patch in components(bridge, "component")}
+    if name not in known:
+        last = bridge.cfg.n_layers - 1
+        raise InputError(
+            f"unknown component {name!r}; expected L0H0 to L{last}H{bridge.cfg.n_heads - 1}, or "
+            f"L0_MLP to L{last}_MLP"
+        )
+    return known[name]
+
+
+def counterfactual_experiment(
+    bridge: TransformerBridge,
+    prompt: Prompt,
+    places: Sequence[Place],
+    *,
+    metric: Metric = "decision",
+    positions: Positions = "all",
+) -> Experiment:
+    """Activations of the prompt's counterfactual, written into the run on the prompt.
+
+    With ``positions`` "decision" or "segments" the two may differ in length: positions correspond
+    from the end, or segment by segment.
+
+    Raises ``InputError`` for a prompt without counterfactual, or with one whose positions do not
+    correspond.
+    """
+    index = _corresponding(prompt, positions)
+    source_prompt = prompt.swapped()
+    readings = []
+    for sequence in _sequences(prompt, metric):
+        check_memory(bridge, length=len(sequence.tokens))
+        tail = sequence.tokens[len(prompt.tokens) :]
+        ours = record(bridge, sequence.tokens, places, read=sequence.read)
+        theirs = record(bridge, source_prompt.tokens + tail, places, read=sequence.read)
+        at = [*index, *range(len(source_prompt.tokens), len(source_prompt.tokens) + len(tail))]
+        values = {place: _moved(theirs, ours, place, at) for place in places}
+        source = Source(values=values, head_shift={})
+        readings.append(_reading(bridge, sequence, ours, source, theirs, metric))
+    return _experiment(prompt, metric, readings)
+
+
+def cross_model_experiment(
+    models: Models,
+    source: str,
+    target: str,
+    prompt: Prompt,
+    places: Sequence[Place],
+    *,
+    metric: Metric = "decision",
+    positions: Positions = "all",
+) -> Experiment:
+    """Activations of model ``source`` on the prompt, written into model ``target`` on it.
+
+    A head is moved with what it *writes*: where the two differ in the output projection, z alone
+    would leave that part of the fine-tune behind. So all heads and MLPs together make the target
+    the source. The models hold ``target`` when this returns, and must while values are asked for.
+
+    Raises ``InputError`` if the two are not fine-tunes of one base.
+    """
+    models.require_one_base(source, target)
+    sequences = _sequences(prompt, metric)
+    bridge = models.switch(source)
+    theirs, written = [], []
+    for sequence in sequences:
+        check_memory(bridge, length=len(sequence.tokens))
+        theirs.append(record(bridge, sequence.tokens, places, read=sequence.read))
+        tail = _tail(prompt, sequence, positions)
+        written.append(head_outputs(bridge, theirs[-1].activations, tail))
+    bridge = models.switch(target)
+    readings = []
+    for sequence, recording, own in zip(sequences, theirs, written):
+        ours = record(bridge, sequence.tokens, places, read=sequence.read)
+        tail = _tail(prompt, sequence, positions)
+        here = head_outputs(bridge, recording.activations, tail)
+        shift = {layer: own[layer] - here[layer] for layer in own}
+        shift = {layer: value for layer, value in shift.items() if bool(value.any())}
+        moved = Source(values=recording.activations, head_shift=shift)
+        readings.append(_reading(bridge, sequence, ours, moved, recording, metric))
+    return _experiment(prompt, metric, readings)
+
+
+def ablation_experiments(
+    bridge: TransformerBridge,
+    prompts: Sequence[Prompt],
+    places: Sequence[Place],
+    *,
+    replacement: Replacement,
+    metric: Metric = "decision",
+) -> list[Experiment]:
+    """Zero, or the mean over all prompts' positions but the first, written into each prompt.
+
+    The source's value is missing (NaN): no run has these activations. With one kind of prompt the
+    mean still holds what these prompts share.
+    """
+    means = _means(bridge, prompts, places) if replacement == "mean" else {}
+    experiments = []
+    for prompt in prompts:
+        readings = []
+        for sequence in _sequences(prompt, metric):
+            check_memory(bridge, length=len(sequence.tokens))
+            ours = record(bridge, sequence.tokens, places, read=sequence.read)
+            values = {
+                place: means[place].expand_as(kept) if means else torch.zeros_like(kept)
+                for place, kept in ours.activations.items()
+            }
+            source = Source(values=values, head_shift={})
+            readings.append(_reading(bridge, sequence, ours, source, None, metric))
+        experiments.append(_experiment(prompt, metric, readings))
+    return experiments
+
+
+def identity_experiment(
+    bridge: TransformerBridge, prompt: Prompt, places: Sequence[Place]
+) -> Experiment:
+    """The prompt's own activations written into itself: nothing may change."""
+    readings = []
+    for sequence in _sequences(prompt, "decision"):
+        ours = record(bridge, sequence.tokens, places, read=sequence.read)
+        source = Source(values=ours.activations, head_shift={})
+        readings.append(_reading(bridge, sequence, ours, source, ours, "decision"))
+    return _experiment(prompt, "decision", readings)
+
+
+# ------------------------------------------------------------------------------------- internals
+@dataclass(frozen=True, kw_only=True)
+class _Sequence:
+    """The prompt and an answer but for its last token; the last ``read`` positions are read."""
+
+    tokens: tuple[int, ...]
+    read: int
+    answers: dict[Sign, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """What one sequence adds to the value; the value is the sum over sequences."""
+
+    sweep: Sweep
+    ids: tuple[int, ...] | None  # the tokens whose logits suffice
+    score: Callable[[Tensor], Tensor]  # logits [row read token] -> [row]
+    source: float
+
+    def values(self, rows: Sequence[Row], *, base: Row, skip: bool) -> Tensor:
+        return self.score(self.sweep.logits(rows, base=base, ids=self.ids, skip=skip))
+
+
+def _experiment(prompt: Prompt, metric: Metric, readings: list[_Reading]) -> Experiment:
+    baseline = sum(float(r.values([], base=NOTHING, skip=True)[0]) for r in readings)
+    source = sum(r.source for r in readings)
+    return Experiment(
+        prompt=prompt, metric=metric, baseline=baseline, source=source, _readings=readings
+    )
+
+
+def _sequences(prompt: Prompt, metric: Metric) -> list[_Sequence]:
+    if metric == "kl":
+        return [_Sequence(tokens=prompt.branch, read=1, answers={})]
+    return [
+        _Sequence(
+            tokens=tuple(forced.tokens[0].tolist()),
+            read=1 if prompt.one_branch else next(iter(forced.answers.values())).shape[1],
+            answers={sign: tuple(ids[0].tolist()) for sign, ids in forced.answers.items()},
+        )
+        for forced in teacher_forced([prompt])
+    ]
+
+
+def _reading(
+    bridge: TransformerBridge,
+    sequence: _Sequence,
+    target: Recording,
+    source: Source,
+    source_run: Recording | None,
+    metric: Metric,
+) -> _Reading:
+    sweep = Sweep(bridge, target, source, read=sequence.read)
+    ids = None
+    if metric == "kl":
+        score = _divergence_from(target.logits.cpu())
+    elif len(sequence.answers) == 2:  # one branch: the normaliser cancels
+        ids = (sequence.answers["positive"][-1], sequence.answers["negative"][-1])
+        score = _difference
+    else:
+        score = _log_probability(sequence.answers)
+    at_source = float("nan")
+    if source_run is not None:
+        logits = source_run.logits[-sweep.read :].cpu()
+        at_source = float(score((logits if ids is None else logits[:, list(ids)])[None]))
+    return _Reading(sweep=sweep, ids=ids, score=score, source=at_source)
+
+
+def _difference(logits: Tensor) -> Tensor:
+    return logits[:, -1, 0] - logits[:, -1, 1]
+
+
+def _log_probability(answers: dict[Sign, tuple[int, ...]]) -> Callable[[Tensor], Tensor]:
+    ((sign, ids),) = answers.items()
+
+    def score(logits: Tensor) -> Tensor:
+        log_p = logits[:, -len(ids) :].log_softmax(-1)
+        total = log_p[:, range(len(ids)), list(ids)].sum(-1)
+        return total if sign == "positive" else -total
+
+    return score
+
+
+def _divergence_from(unpatched: Tensor) -> Callable[[Tensor], Tensor]:
+    log_p = unpatched[-1].log_softmax(-1)
+
+    def score(logits: Tensor) -> Tensor:
+        return (log_p.exp() * (log_p - logits[:, -1].log_softmax(-1))).sum(-1)
+
+    return score
+
+
+def _corresponding(prompt: Prompt, positions: Positions) -> list[int]:
+    """For each of the prompt's positions that of its counterfactual, -1 for none."""
+    if prompt.counterfactual is None:
+        raise InputError(
+            f"prompt {prompt.id!r} has no counterfactual; add one to the scenario, a prompt that "
+            "asks for the other answer (of the same token length, to patch position by position)"
+        )
+    ours, theirs = len(prompt.tokens), len(prompt.counterfactual)
+    if positions == "segments":
+        index = [-1] * ours
+        for segment in prompt.segments:
+            for here, there in zip(segment.positions, segment.counterfactual):
+                index[here] = there
+        return index
+    if ours == theirs:
+        return list(range(ours))
+    if positions == "decision":
+        return [-1] * (ours - 1) + [theirs - 1]
+    raise InputError(
+        f"prompt {prompt.id!r} has {ours} tokens and its counterfactual {theirs}; patching "
+        'position by position needs equal lengths: reword one of them, or patch "decision" or '
+        '"segments"'
+    )
+
+
+def _moved(theirs: Recording, ours: Recording, place: Place, index: list[int]) -> Tensor:
+    """The source's activations at the target's positions; the target's own where none is."""
+    at = torch.tensor(index)
+    values = theirs.activations[place][at.clamp(min=0)]
+    values[at < 0] = ours.activations[place][at < 0]
+    return values
+
+
+def _tail(prompt: Prompt, sequence: _Sequence, positions: Positions) -> range:
+    """The positions at which heads may be patched, up to the end."""
+    first = len(prompt.branch) - 1 if positions == "decision" else 0
+    return range(first, len(sequence.tokens))
+
+
+def _means(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], places: Sequence[Place]
+) -> dict[Place, Tensor]:
+    """Over all prompts and positions; the first position is unlike all others, and left out."""
+    totals: dict[Place, Tensor] = {}
+    count = 0
+    for prompt in prompts:
+        recording = record(bridge, prompt.branch, places)
+        count += recording.length - 1
+        for place, kept in recording.activations.items():
+            totals[place] = totals.get(place, 0) + kept[1:].sum(0)
+    return {place: total / count for place, total in totals.items()}
