@@ -345,6 +345,7 @@ def _check_adapter(spec: ModelSpec, folder: Path, model: PreTrainedModel) -> Non
         if not kind.startswith(("A.", "B.")):
             continue
         linear = modules.get(path)
+        linear = getattr(linear, "base_layer", linear)  # another adapter may sit on it already
         base_shape = getattr(getattr(linear, "weight", None), "shape", None)
         width = None if base_shape is None else base_shape[1 if kind.startswith("A.") else 0]
         # GPT-2's Conv1D stores its weight transposed.

@@ -51,7 +51,7 @@ HOOKS: dict[Site, str] = {
     "resid_post": "blocks.{}.hook_resid_post",
 }
 PACKED = 6  # rows of up to so many tokens become positions of one sequence
-CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}  # patched tokens in one pass: enough to keep it busy
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # patched tokens in one pass: enough to keep it busy
 CHUNK_BYTES = 2**30
 
 
@@ -90,6 +90,7 @@ class Recording:
 
     tokens: Int[Tensor, "1 pos"]
     activations: Mapping[Place, Tensor]  # [pos ...]
+    stream: list[Float[Tensor, "pos d_model"]]  # what enters each block
     keys_values: list[tuple[Tensor, Tensor]]  # of each layer; none where attention looks ahead
     final: Float[Tensor, "read d_model"]  # what is unembedded
     logits: Float[Tensor, "read vocab"]
@@ -126,6 +127,7 @@ def record(
 ) -> Recording:
     """Run ``tokens`` once and keep what sweeps need; the last ``read`` positions are unembedded."""
     activations: dict[Place, Tensor] = {}
+    stream: list[Tensor] = []
     final: list[Tensor] = []
 
     def keep(place: Place) -> Callable[..., None]:
@@ -141,6 +143,10 @@ def record(
 
     places = sorted(set(places), key=lambda place: place[1])
     hooks: Hooks = [(HOOKS[site].format(layer), keep((site, layer))) for site, layer in places]
+    hooks += [
+        (f"blocks.{layer}.hook_in", lambda x, hook: stream.append(x[0].clone()))
+        for layer in range(bridge.cfg.n_layers)
+    ]
     ids = torch.tensor([list(tokens)], device=bridge.cfg.device)
     cache: Any = DynamicCache()
     logits = bridge.run_with_hooks(
@@ -151,6 +157,7 @@ def record(
     return Recording(
         tokens=ids,
         activations=activations,
+        stream=stream,
         keys_values=[(layer.keys, layer.values) for layer in cache.layers],
         final=final[0],
         logits=logits[0].float(),
@@ -235,12 +242,13 @@ class Sweep:
         starts = [self._start([*row, *base], skip) for row in rows]
         base_start = self._start(base, skip) if base else None
         result = unpatched.expand(1 + len(rows), *unpatched.shape).clone()
-        if base and not rows:
-            result[:1] = self._pass([], base, base_start or 0, ids if exact_ids else None, ids)
-        for start, order in self._chunks(rows, base, starts):
+        chunks = list(self._chunks(rows, base, starts))
+        if base_start is not None and not chunks:
+            chunks = [(base_start, [])]
+        for start, order in chunks:
             chosen = [rows[i] for i in order]
             part = self._pass(chosen, base, start, ids if exact_ids else None, ids)
-            result[[1 + i for i in order]] = part[1:]
+            result[[1 + i for i in order]] = part[len(part) - len(order) :]
             if base:
                 result[0] = part[0]
         return result.cpu()
@@ -302,17 +310,23 @@ class Sweep:
         alone: tuple[int, ...] | None,
         ids: tuple[int, ...] | None,
     ) -> Float[Tensor, "row read token"]:
-        """One forward pass of the positions from ``start``: the base, then ``rows``.
+        """One forward pass of the positions from ``start``: the base (if it has patches), ``rows``.
 
-        ``alone`` are tokens that may be unembedded by themselves; else ``ids`` are picked from all.
+        The rows are in the order of their layers. Without a base of its own the first row leads;
+        it is the unpatched run until it joins. ``alone`` are tokens that may be unembedded by
+        themselves; else ``ids`` are picked from all.
         """
         suffix = self.target.tokens[:, start:]
         length, layers = suffix.shape[1], self.bridge.cfg.n_layers
         joins = [_joins(row, base, layers) for row in rows]
-        alive = [1 + sum(join <= layer for join in joins) for layer in range(layers)]
-        packed = length <= PACKED and len(rows) > 0 and bool(self.target.keys_values)
-        hooks = [] if packed else self._growing(alive)
-        hooks += self._writes([base, *rows], alive, start, length)
+        lead = 1 if base or not rows else 0
+        alive = [max(1, lead + sum(join <= layer for join in joins)) for layer in range(layers)]
+        sets = [base, *rows] if lead else list(rows)
+        packed = length <= PACKED and bool(self.target.keys_values)
+        hooks = [] if packed else self._growing(alive, start, copy=bool(lead))
+        hooks += self._writes(sets, alive, start, length)
+        if not packed and not any(p.site == "neuron" for row in sets for p in row):
+            hooks = self._trimmed(hooks, length)
         final: list[Tensor] = []
 
         def last(x: Tensor, hook: object) -> Tensor:
@@ -327,8 +341,8 @@ class Sweep:
         with ExitStack() as stack:
             if packed:
                 tree = _Tree(alive[-1], length, start)
-                for block, n in zip(self.bridge.blocks, alive):
-                    pack = tree.before(block, n)
+                for block, n, unpatched in zip(self.bridge.blocks, alive, self.target.stream):
+                    pack = tree.before(block, n, None if lead else unpatched[start:])
                     handle = block.register_forward_pre_hook(pack, with_kwargs=True)
                     stack.callback(handle.remove)
             out = self.bridge.run_with_hooks(
@@ -338,14 +352,34 @@ class Sweep:
             out = _unembed(self.bridge, final[0], alone)
         elif ids is not None:
             out = out[..., list(ids)]
-        same = out[:1].expand(1 + len(rows) - len(out), *out.shape[1:])  # rows that equal the base
+        same = out[:1].expand(len(sets) - len(out), *out.shape[1:])  # rows that equal the base
         return torch.cat([out, same]).float()
 
-    def _growing(self, alive: Sequence[int]) -> Hooks:
-        """Every block appends as many copies of the base as rows begin in it."""
+    def _trimmed(self, hooks: Hooks, length: int) -> Hooks:
+        """In the last block only what is read goes through the projections after attention.
+
+        Zeros stand where nothing reads, so that shapes stay.
+        """
+        read, last = self.read, f"blocks.{self.bridge.cfg.n_layers - 1}"
+
+        def trim(x: Tensor, hook: object) -> Tensor:
+            return x[:, -read:].contiguous()  # some experts insist
+
+        def pad(x: Tensor, hook: object) -> Tensor:
+            return torch.nn.functional.pad(x, (0, 0, length - x.shape[1], 0))
+
+        parts = [f"{last}.attn.o", f"{last}.mlp"]
+        before: Hooks = [(f"{part}.hook_out", pad) for part in parts]
+        return [*before, *hooks, *((f"{part}.hook_in", trim) for part in parts)]
+
+    def _growing(self, alive: Sequence[int], start: int, *, copy: bool) -> Hooks:
+        """Every block appends the unpatched stream, or a ``copy`` of row 0, for rows joining it."""
         before = [1, *alive]
         return [
-            (f"blocks.{layer}.hook_in", _append(n - before[layer]))
+            (
+                f"blocks.{layer}.hook_in",
+                _append(n - before[layer], None if copy else self.target.stream[layer][start:]),
+            )
             for layer, n in enumerate(alive)
             if n > before[layer]
         ]
@@ -369,7 +403,9 @@ class Sweep:
         site, layer = place
         values = self.source.values[place][start:]
         rows = sorted({row for row, _ in entries})
-        mask = _mask(entries, rows, values.shape[1] if site in ("z", "neuron") else 1, start, length)
+        mask = _mask(
+            entries, rows, values.shape[1] if site in ("z", "neuron") else 1, start, length
+        )
         mask = torch.from_numpy(mask).to(values.device)
         wide = mask[..., None] if site == "z" else mask
 
@@ -460,14 +496,18 @@ class _Tree:
         self.rows, self.length, self.start = rows, length, start
         self._masks: dict[int, Tensor] = {}
 
-    def before(self, block: Any, rows: int) -> Callable[..., Any]:
-        """A forward pre-hook by which ``block`` gets ``rows`` rows as one sequence."""
+    def before(self, block: Any, rows: int, unpatched: Tensor | None) -> Callable[..., Any]:
+        """A forward pre-hook by which ``block`` gets ``rows`` rows as one sequence.
+
+        New rows are ``unpatched``, or copies of row 0.
+        """
         names = list(inspect.signature(block.original_component.forward).parameters)
 
         def pack(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = {**dict(zip(names, args)), **kwargs}  # GPT-2 passes its mask by position
             x = given.pop(names[0]).unflatten(1, (-1, self.length))
-            new = x[:, :1].expand(-1, rows - x.shape[1], -1, -1)
+            new = x[:, :1] if unpatched is None else unpatched[None, None]
+            new = new.expand(-1, rows - x.shape[1], -1, -1)
             given["attention_mask"] = self._mask(given.get("attention_mask"), rows, x)
             if (positions := given.get("position_ids")) is not None:
                 given["position_ids"] = positions.repeat(1, rows)
@@ -519,8 +559,12 @@ def _mask(
     return mask
 
 
-def _append(n: int) -> Callable[..., Tensor]:
-    return lambda x, hook: torch.cat([x, x[:1].expand(n, *x.shape[1:])])
+def _append(n: int, unpatched: Tensor | None) -> Callable[..., Tensor]:
+    def append(x: Tensor, hook: object) -> Tensor:
+        new = x[:1] if unpatched is None else unpatched[None]
+        return torch.cat([x, new.expand(n, *x.shape[1:])])
+
+    return append
 
 
 def _by_head(bridge: TransformerBridge, z: Tensor) -> Tensor:

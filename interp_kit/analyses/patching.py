@@ -276,7 +276,9 @@ def _table(
             "layer": [p.layer for p in patches],
             "head": [p.index if p.site == "z" else -1 for p in patches],
             "neuron": [p.index if p.site == "neuron" else -1 for p in patches],
-            "pos": [p.positions[0] if single and p.positions else -1 for p, single in zip(patches, one)],
+            "pos": [
+                p.positions[0] if single and p.positions else -1 for p, single in zip(patches, one)
+            ],
             "segment": [segment for segment, _ in located],
             "baseline": experiment.baseline,
             "source": experiment.source,

@@ -1,0 +1,389 @@
+"""The sweep engine against one naive hooked forward pass a patch, on five architectures."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from interp_kit.analyses.patching import (
+    ablation,
+    activation_patching,
+    attribution_patching,
+    cross_model_patching,
+)
+from interp_kit.decisions import decide, encode
+from interp_kit.experiments import components, counterfactual_experiment, find_component
+from interp_kit.loading import load_models
+from interp_kit.specs import InputError
+from interp_kit.sweeps import Patch, Recording, check_memory
+from tests.conftest import tiny_prompts
+from tests.tiny import ARCHITECTURES, WORDS, save_tiny
+
+NAMES = {
+    "z": "attn.hook_z",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "hook_attn_out",
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "neuron": "mlp.out.hook_in",
+}
+UNITS = ["component", "attn_out", "resid_pre", "resid_mid", "resid_post", "neuron"]
+POSITIONS = ["all", "each", "decision", "segments"]
+
+
+def segmented(bridge):
+    """A prompt whose counterfactual differs in its middle, with two named segments."""
+    words = [WORDS[(7 * i) % 60] for i in range(20)]
+    other = [*words[:9], WORDS[1], WORDS[2], *words[11:]]
+    segments = {"middle": [" ".join(words[8:12]), " ".join(other[8:12])], "end": words[-1]}
+    return encode(
+        bridge,
+        " " + " ".join(words),
+        positive=" ba be",
+        negative=" ba bi",
+        counterfactual=" " + " ".join(other),
+        segments=segments,
+    )
+
+
+def naive(bridge, prompt, row, source_cache, target_cache):
+    """The decision by one whole forward pass, with one write at the patch's own place."""
+    at = slice(None) if row.pos < 0 else [row.pos]
+    if row.segment:
+        at = list({s.name: s.positions for s in prompt.segments}[row.segment])
+    kind = row.component.split("_", 1)[-1].lower() if "_" in row.component else "z"
+    site = {"mlp": "mlp_out", "attn": "attn_out"}.get(kind, kind)
+    site = "neuron" if row.neuron >= 0 else site
+    if site == "resid_mid":  # = resid_pre + attn_out: the difference, put into attn_out
+        name = f"blocks.{row.layer}.hook_attn_out"
+        middle = source_cache[f"blocks.{row.layer}.hook_resid_mid"]
+        value = middle - target_cache[f"blocks.{row.layer}.hook_resid_pre"]
+    else:
+        name = f"blocks.{row.layer}.{NAMES[site]}"
+        value = source_cache[name]
+    where = (0, at)
+    if row.head >= 0:
+        where = (0, at, row.head)
+    if row.neuron >= 0:
+        where = (0, at, row.neuron)
+
+    def write(activation, hook):
+        activation = activation.clone()
+        activation[where] = value[where]
+        return activation
+
+    logits = bridge.run_with_hooks(torch.tensor([prompt.branch]), fwd_hooks=[(name, write)])[0, -1]
+    positive, negative = prompt.branch_ids
+    return float(logits[positive] - logits[negative])
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_sweep_equals_one_forward_pass_a_patch(tiny_bridge, unit, positions):
+    if unit == "neuron" and "Mixtral" in tiny_bridge.cfg.architecture:
+        with pytest.raises(InputError, match=r"no blocks\.1\.mlp\.out\.hook_in"):
+            components(tiny_bridge, "neuron", layer=1)
+        return
+    prompt = segmented(tiny_bridge)
+    layer = 1 if unit == "neuron" else None
+    table = activation_patching(
+        tiny_bridge, [prompt], unit=unit, positions=positions, directions=["noise"], layer=layer
+    )
+    shared = prompt.shared
+    _, source = tiny_bridge.run_with_cache(torch.tensor([prompt.counterfactual + shared]))
+    _, target = tiny_bridge.run_with_cache(torch.tensor([prompt.branch]))
+    sample = table if len(table) < 60 else table.sample(60, random_state=0)
+    values = [naive(tiny_bridge, prompt, row, source, target) for row in sample.itertuples()]
+    error = abs(sample.value.to_numpy() - values).max()
+    assert error <= 1e-4
+    assert abs(table.change).max() > 1e-3
+
+
+def test_many_answers_and_kl_agree_with_a_sweep_by_hand(tiny_bridge):
+    """Answers that part early, or differ in length, are read over several positions."""
+    prompts = tiny_prompts(tiny_bridge)
+    for prompt in prompts:
+        experiment = counterfactual_experiment(tiny_bridge, prompt, [("resid_pre", 0)])
+        swapped = decide(tiny_bridge, [prompt, prompt.swapped()]).value
+        assert experiment.baseline == pytest.approx(swapped[0], abs=1e-4)
+        assert experiment.source == pytest.approx(swapped[1], abs=1e-4)
+        whole = frozenset([Patch(layer=0, site="resid_pre")])
+        assert float(experiment.values([whole])[1]) == pytest.approx(swapped[1], abs=1e-4)
+        divergence = counterfactual_experiment(tiny_bridge, prompt, [("resid_pre", 0)], metric="kl")
+        logits = [
+            tiny_bridge(torch.tensor([p.branch]))[0, -1].log_softmax(-1)
+            for p in (prompt, prompt.swapped())
+        ]
+        expected = float((logits[0].exp() * (logits[0] - logits[1])).sum())
+        assert divergence.baseline == 0
+        assert divergence.source == pytest.approx(expected, abs=1e-5)
+        assert float(divergence.values([whole])[1]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_sets_of_patches_and_a_base_that_carries_one(tiny_bridge):
+    """Adding to a base, leaving out of it, and computing the sets from scratch are the same."""
+    prompt = segmented(tiny_bridge)
+    candidates = components(tiny_bridge, "component")
+    places = [p.place for p in candidates]
+    experiment = counterfactual_experiment(tiny_bridge, prompt, places)
+    generator = np.random.default_rng(0)
+    base = frozenset(candidates[i] for i in generator.choice(len(candidates), 5, replace=False))
+    rows = [base ^ {candidate} for candidate in candidates] + [base, frozenset()]
+    carried = experiment.values(rows, base=base)
+    alone = experiment.values([base, *rows])[1:]
+    assert carried.numpy() == pytest.approx(alone.numpy(), abs=1e-5)
+    assert float(carried[-1]) == pytest.approx(experiment.baseline, abs=1e-5)
+    everything = frozenset(candidates)
+    assert float(experiment.values([everything])[1]) != pytest.approx(experiment.baseline, abs=1e-2)
+
+
+@pytest.mark.parametrize("positions", ["all", "decision"])
+def test_small_chunks_change_nothing(tiny_bridge, positions, monkeypatch):
+    prompt = segmented(tiny_bridge)
+    whole = activation_patching(tiny_bridge, [prompt], positions=positions)
+    monkeypatch.setattr("interp_kit.sweeps.CHUNK_TOKENS", {"cpu": 1})
+    assert activation_patching(tiny_bridge, [prompt], positions=positions).value.to_numpy() == (
+        pytest.approx(whole.value.to_numpy(), abs=1e-5)
+    )
+
+
+def test_packed_rows_equal_a_batch(tiny_bridge, monkeypatch):
+    prompt = segmented(tiny_bridge)
+    packed = activation_patching(tiny_bridge, [prompt], positions="decision")
+    monkeypatch.setattr("interp_kit.sweeps.PACKED", 0)
+    batch = activation_patching(tiny_bridge, [prompt], positions="decision")
+    assert packed.value.to_numpy() == pytest.approx(batch.value.to_numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("replacement", ["zero", "mean"])
+def test_ablation_writes_zero_or_the_mean(tiny_bridge, replacement):
+    prompts = [segmented(tiny_bridge), *tiny_prompts(tiny_bridge)[:1]]
+    table = ablation(tiny_bridge, prompts, replacement=replacement, unit="mlp_out")
+    assert table.recovered_fraction.isna().all()
+    name = "blocks.1.hook_mlp_out"
+    runs = [tiny_bridge.run_with_cache(torch.tensor([p.branch]))[1][name][0] for p in prompts]
+    mean = torch.cat([run[1:] for run in runs]).mean(0)
+    value = mean if replacement == "mean" else torch.zeros_like(mean)
+    prompt = prompts[0]
+    logits = tiny_bridge.run_with_hooks(
+        torch.tensor([prompt.branch]),
+        fwd_hooks=[(name, lambda x, hook: value.expand_as(x).clone())],
+    )[0, -1]
+    expected = float(logits[prompt.branch_ids[0]] - logits[prompt.branch_ids[1]])
+    row = table[(table.prompt == prompt.id) & (table.component == "L1_MLP")].iloc[0]
+    assert row.value == pytest.approx(expected, abs=1e-4)
+    assert abs(row.change) > 1e-3
+
+
+def test_attribution_patching_is_the_slope_of_activation_patching(tiny_bridge):
+    """For a source a thousandth of the way, the exact change is the estimate."""
+    prompt = segmented(tiny_bridge)
+    estimate = attribution_patching(tiny_bridge, [prompt], unit="attn_out", directions=["noise"])
+    _, source = tiny_bridge.run_with_cache(torch.tensor([prompt.counterfactual + prompt.shared]))
+    step = 1e-2
+    for row in estimate.itertuples():
+        name = f"blocks.{row.layer}.hook_attn_out"
+
+        def nudge(x, hook, name=name, by=step):
+            return x + by * (source[name] - x)
+
+        decision = {}
+        for by in (step, -step):
+            hook = (name, lambda x, hook, by=by, nudge=nudge: nudge(x, hook, by=by))
+            logits = tiny_bridge.run_with_hooks(torch.tensor([prompt.branch]), fwd_hooks=[hook])
+            positive, negative = prompt.branch_ids
+            decision[by] = float(logits[0, -1, positive] - logits[0, -1, negative])
+        slope = (decision[step] - decision[-step]) / (2 * step)
+        assert row.change == pytest.approx(slope, abs=2e-3 + 0.02 * abs(slope))
+
+
+# ----------------------------------------------------------------------------------- across models
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def fine_tunes(request, tiny_folders, tmp_path_factory):
+    """Two random LoRA adapters on layers 1 and 2 of one base, every projection included."""
+    folder, root = tiny_folders[request.param], tmp_path_factory.mktemp("adapters")
+    linear = {
+        "gpt2": ["c_attn", "c_proj", "c_fc"],
+        "mixtral": ["q_proj", "v_proj", "o_proj"],
+    }.get(request.param, ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=linear,
+            layers_to_transform=[1, 2],
+            init_lora_weights=False,
+            fan_in_fan_out=request.param == "gpt2",
+        )
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+        model.save_pretrained(root / name / "adapter")
+        spec = {"base": str(folder), "adapter": "adapter"}
+        (root / name / "model.yaml").write_text(yaml.safe_dump(spec))
+    names = [str(root / "a"), str(root / "b")]
+    return load_models([*names, str(folder)], device="cpu"), names
+
+
+@pytest.mark.parametrize("unit", ["component", "attn_out", "resid_mid", "resid_post"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_across_models_a_sweep_equals_one_forward_pass_a_patch(fine_tunes, unit, positions):
+    models, (a, b) = fine_tunes
+    prompt = segmented(models.switch(a))
+    table = cross_model_patching(models, a, b, [prompt], unit=unit, positions=positions)
+    tokens = torch.tensor([prompt.branch])
+    bridge = models.switch(a)
+    _, source = bridge.run_with_cache(tokens)
+    written = {n: own_output(bridge, n, source) for n in range(3)}
+    bridge = models.switch(b)
+    _, target = bridge.run_with_cache(tokens)
+    sample = table if len(table) < 40 else table.sample(40, random_state=0)
+    for row in sample.itertuples():
+        if row.head < 0:
+            expected = naive(bridge, prompt, row, source, target)
+        else:
+            expected = with_head_output(bridge, prompt, row, written, target)
+        assert row.value == pytest.approx(expected, abs=1e-4), row
+    if unit == "component":
+        assert (table[table.layer == 0].change == 0).all()  # no adapter there: exactly nothing
+    assert abs(table.change).max() > 1e-3
+
+
+def own_output(bridge, layer, cache):
+    """What every head writes, [pos head d_model], from the weight that base and adapter add up to."""
+    project = bridge.blocks[layer].attn.o.original_component
+    heads, size = cache[f"blocks.{layer}.attn.hook_z"].shape[-2:]
+    basis = torch.eye(heads * size)
+    weight = project(basis) - project(torch.zeros(1, heads * size))
+    weight = weight.view(heads, size, -1)
+    return torch.einsum("phk,hkd->phd", cache[f"blocks.{layer}.attn.hook_z"][0], weight)
+
+
+def with_head_output(bridge, prompt, row, written, target_cache):
+    """The decision when one head's output, not its z, is the source's."""
+    at = slice(None) if row.pos < 0 else [row.pos]
+    if row.segment:
+        at = list({s.name: s.positions for s in prompt.segments}[row.segment])
+    own = own_output(bridge, row.layer, target_cache)
+    gained = written[row.layer][at, row.head] - own[at, row.head]
+
+    def write(x, hook):
+        x = x.clone()
+        x[0, at] += gained
+        return x
+
+    name = f"blocks.{row.layer}.attn.o.hook_out"
+    logits = bridge.run_with_hooks(torch.tensor([prompt.branch]), fwd_hooks=[(name, write)])[0, -1]
+    return float(logits[prompt.branch_ids[0]] - logits[prompt.branch_ids[1]])
+
+
+def test_a_model_into_itself_is_exactly_nothing(fine_tunes):
+    models, (a, _) = fine_tunes
+    prompts = tiny_prompts(models.switch(a))
+    for unit in ("component", "resid_post"):
+        table = cross_model_patching(models, a, a, prompts, unit=unit)
+        assert (table.change == 0).all()
+        assert not table.flipped.any()
+
+
+def test_all_heads_and_mlps_together_make_the_target_the_source(fine_tunes):
+    from interp_kit.experiments import cross_model_experiment
+
+    models, (a, b) = fine_tunes
+    candidates = components(models.switch(a), "component")
+    for prompt in tiny_prompts(models.switch(a)):
+        experiment = cross_model_experiment(models, a, b, prompt, [c.place for c in candidates])
+        value = float(experiment.values([frozenset(candidates)])[1])
+        assert value == pytest.approx(experiment.source, abs=1e-4)
+        assert experiment.source == pytest.approx(
+            decide(models.switch(a), [prompt]).value[0], abs=1e-4
+        )
+        assert abs(experiment.source - experiment.baseline) > 1e-3
+
+
+# --------------------------------------------------------------------------------------- bad input
+def test_different_bases_are_refused(fine_tunes, tmp_path):
+    models, (a, _) = fine_tunes
+    other = save_tiny("llama", tmp_path / "other", seed=1)
+    mixed = load_models([a, str(other)], device="cpu")
+    prompts = tiny_prompts(models.switch(a))
+    with pytest.raises(InputError, match="between fine-tunes of one base"):
+        cross_model_patching(mixed, a, str(other), prompts)
+    with pytest.raises(InputError, match="was not loaded"):
+        cross_model_patching(models, a, "nobody", prompts)
+
+
+def test_lengths_matter_only_where_positions_must_correspond(tiny_bridge):
+    prompt = segmented(tiny_bridge)
+    longer = replace(prompt, counterfactual=(*prompt.counterfactual[:-1], 7, 8))
+    with pytest.raises(InputError, match=r"\d+ tokens and its counterfactual \d+"):
+        activation_patching(tiny_bridge, [longer])
+    table = activation_patching(
+        tiny_bridge, [longer], unit="resid_post", positions="decision", directions=["noise"]
+    )
+    last = table[table.layer == table.layer.max()].iloc[0]
+    assert last.value == pytest.approx(last.source, abs=1e-4)  # the whole stream where it is read
+    with pytest.raises(InputError, match="no segments"):
+        activation_patching(tiny_bridge, tiny_prompts(tiny_bridge), positions="segments")
+    with pytest.raises(InputError, match="no counterfactual"):
+        activation_patching(tiny_bridge, [replace(prompt, counterfactual=None)])
+
+
+def test_segments_may_stand_at_other_places_of_another_length(tiny_bridge):
+    words = [WORDS[(7 * i) % 60] for i in range(12)]
+    prompt = encode(
+        tiny_bridge,
+        " " + " ".join(words),
+        positive=" da",
+        negative=" fa",
+        counterfactual=" " + " ".join(["ku", "ku", *words[:5], "bo", *words[6:]]),
+        segments={"changed": [" ".join(words[4:7]), " ".join([words[4], "bo", words[6]])]},
+    )
+    (segment,) = prompt.segments
+    assert [p + 2 for p in segment.positions] == list(segment.counterfactual)
+    table = activation_patching(
+        tiny_bridge, [prompt], unit="resid_pre", positions="segments", directions=["noise"]
+    )
+    _, source = tiny_bridge.run_with_cache(torch.tensor([prompt.counterfactual]))
+    name = "blocks.1.hook_resid_pre"
+
+    def write(x, hook):
+        x = x.clone()
+        x[0, list(segment.positions)] = source[name][0, list(segment.counterfactual)]
+        return x
+
+    logits = tiny_bridge.run_with_hooks(torch.tensor([prompt.tokens]), fwd_hooks=[(name, write)])
+    expected = float(logits[0, -1, prompt.positive[0]] - logits[0, -1, prompt.negative[0]])
+    assert table[table.layer == 1].value.item() == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(InputError, match="expected equal numbers"):
+        encode(
+            tiny_bridge,
+            " ba be",
+            positive=" da",
+            negative=" fa",
+            counterfactual=" ba bi",
+            segments={"x": ["ba", "ba bi"]},
+        )
+
+
+def test_what_does_not_exist_is_named(tiny_bridge):
+    assert find_component(tiny_bridge, "L2H3").component == "L2H3"
+    with pytest.raises(InputError, match="unknown component 'L9H0'; expected L0H0 to L2H3"):
+        find_component(tiny_bridge, "L9H0")
+    with pytest.raises(InputError, match="layer 7 does not exist; expected 0 to 2"):
+        components(tiny_bridge, "head", layer=7)
+    with pytest.raises(InputError, match="give layer="):
+        components(tiny_bridge, "neuron")
+
+
+def test_a_sweep_that_cannot_fit_says_so_before_it_starts(tiny_bridge, monkeypatch):
+    monkeypatch.setattr("interp_kit.sweeps._available_bytes", lambda bridge: 2**10)
+    monkeypatch.setattr("interp_kit.experiments.record", lambda *a, **k: pytest.fail("it started"))
+    with pytest.raises(InputError, match=r"needs about .* GiB even with one patch"):
+        activation_patching(tiny_bridge, [segmented(tiny_bridge)])
+    monkeypatch.undo()
+    check_memory(tiny_bridge, length=20)
+    assert Recording  # what a sweep keeps
