@@ -6,7 +6,7 @@ patch at a time, circuits for sets of them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,11 +54,13 @@ class Experiment:
     baseline: float
     source: float
     _readings: "list[_Reading]"
+    _switch: Callable[[], object] = lambda: None  # to the target, where a bridge serves several
 
     def values(
         self, rows: Sequence[Row], *, base: Row = NOTHING, skip: bool = True
     ) -> Float[Tensor, "row"]:
         """The base's value, then each row's. A row is a set of patches, ``base`` not included."""
+        self._switch()
         parts = [reading.values(rows, base=base, skip=skip) for reading in self._readings]
         return torch.stack(parts).sum(0)
 
@@ -149,7 +151,7 @@ def cross_model_experiment(
 
     A head is moved with what it *writes*: where the two differ in the output projection, z alone
     would leave that part of the fine-tune behind. So all heads and MLPs together make the target
-    the source. The models hold ``target`` when this returns, and must while values are asked for.
+    the source.
 
     Raises ``InputError`` if the two are not fine-tunes of one base.
     """
@@ -172,7 +174,8 @@ def cross_model_experiment(
         shift = {layer: value for layer, value in shift.items() if bool(value.any())}
         moved = Source(values=recording.activations, head_shift=shift)
         readings.append(_reading(bridge, sequence, ours, moved, recording, metric))
-    return _experiment(prompt, metric, readings)
+    made = _experiment(prompt, metric, readings)
+    return replace(made, _switch=lambda: models.switch(target))
 
 
 def ablation_experiments(

@@ -6,7 +6,7 @@ what is neither a local folder nor in the Hugging Face cache.
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -67,6 +69,49 @@ class Models:
         else:
             model.disable_adapters()
         return loaded.bridge
+
+    @contextmanager
+    def with_layers_from(
+        self, target: str, source: str, layers: Collection[int]
+    ) -> Iterator[TransformerBridge]:
+        """The bridge, computing as ``target`` but with ``source``'s adapter in these layers.
+
+        A model without an adapter stands for the bare base there. ``target`` is itself again
+        afterwards. Raises ``InputError`` unless both are fine-tunes of one base.
+        """
+        self.require_one_base(target, source)
+        bridge = self.switch(target)
+        adapters = self._load(self._spec(target)).adapters
+        changed = [m for layer in layers for m in _lora_modules(bridge, layer).values()]
+        try:
+            if target not in adapters and source in adapters:  # the bare base around them
+                cast(Any, bridge.original_model).enable_adapters()
+                for layer in range(bridge.cfg.n_layers):
+                    for module in _lora_modules(bridge, layer).values():
+                        module.set_adapter([])
+            for module in changed:
+                module.set_adapter([adapters[source]] if source in adapters else [])
+            cast(Any, bridge.original_model).requires_grad_(False)
+            yield bridge
+        finally:
+            self.switch(target)
+
+    def adapter_weights(
+        self, name: str
+    ) -> Iterator[tuple[int, str, Float[Tensor, "out in"], Float[Tensor, "out in"]]]:
+        """(layer, module, change, base weight) of every weight that the adapter changes.
+
+        Raises ``InputError`` for a model without an adapter.
+        """
+        bridge = self.switch(name)
+        adapter = self._load(self._spec(name)).adapters.get(name)
+        if adapter is None:
+            raise InputError(f"model {name!r} has no adapter; expected a fine-tune")
+        for layer in range(bridge.cfg.n_layers):
+            for module_name, module in _lora_modules(bridge, layer).items():
+                if adapter in module.lora_A:
+                    weight = module.get_base_layer().weight.detach()
+                    yield layer, module_name, module.get_delta_weight(adapter).detach(), weight
 
     def require_one_base(self, *names: str) -> None:
         """Raise ``InputError`` unless all of these are fine-tunes of one base, or that base."""
@@ -160,6 +205,17 @@ def _default_device() -> str:
 def _same_base(spec: ModelSpec) -> tuple[Any, ...]:
     how = (spec.dtype, spec.chat_template, spec.prepend_bos, spec.trust_remote_code)
     return (spec.base, spec.revision, *how)
+
+
+def _lora_modules(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
+    """The modules of one block that carry adapters: ``self_attn.q_proj`` and so on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        name.replace("_original_component.", "").removesuffix("._original_component"): module
+        for name, module in bridge.blocks[layer].named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
 
 
 def _boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> _Loaded:

@@ -86,7 +86,7 @@ class PromptSpec(_Spec):
             parts = [given, given] if isinstance(given, str) else given
             if len(parts) != 2 or not all(parts):
                 raise ValueError(
-                    f"segment {name!r}: expected its text, or two texts (in text, in counterfactual)"
+                    f"segment {name!r}: expected its text, or two (in text, in counterfactual)"
                 )
             for part, text in zip(parts, (self.text, self.counterfactual)):
                 if text is not None and text.count(part) != 1:

@@ -51,7 +51,11 @@ HOOKS: dict[Site, str] = {
     "resid_post": "blocks.{}.hook_resid_post",
 }
 PACKED = 6  # rows of up to so many tokens become positions of one sequence
-CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # patched tokens in one pass: enough to keep it busy
+CHUNK_TOKENS = {
+    "cpu": 2048,
+    "cuda": 16384,
+    "mps": 4096,
+}  # patched tokens in one pass: enough to keep it busy
 CHUNK_BYTES = 2**30
 
 
@@ -293,7 +297,8 @@ class Sweep:
         if patch.index >= 0:
             differs = differs[:, patch.index]
         elif differs.ndim > 1:
-            differs = differs.any(1)
+            differs = np.any(differs, axis=1)
+        differs = np.atleast_1d(differs)
         positions = range(len(differs)) if patch.positions is None else sorted(patch.positions)
         return next((pos for pos in positions if differs[pos]), None)
 
@@ -447,9 +452,8 @@ class Sweep:
 
 def rows_at_once(bridge: TransformerBridge, *, suffix: int) -> int:
     """How many rows of ``suffix`` tokens one pass holds."""
-    device = "cpu" if torch.device(bridge.cfg.device).type == "cpu" else "cuda"
     by_memory = CHUNK_BYTES // (suffix * _token_bytes(bridge, suffix))
-    return max(1, min(CHUNK_TOKENS[device] // suffix, by_memory))
+    return max(1, min(CHUNK_TOKENS[_device(bridge).type] // suffix, by_memory))
 
 
 def check_memory(bridge: TransformerBridge, *, length: int) -> None:
@@ -460,9 +464,9 @@ def check_memory(bridge: TransformerBridge, *, length: int) -> None:
     available = _available_bytes(bridge)
     if needed > available:
         raise InputError(
-            f"a sweep over {length} tokens needs about {needed / 2**30:.1f} GiB even with one patch "
-            f"at a time, and {available / 2**30:.1f} GiB are free; shorten the prompt, load the "
-            "model in bfloat16, or free memory"
+            f"a sweep over {length} tokens needs about {needed / 2**30:.1f} GiB even with one "
+            f"patch at a time, and {available / 2**30:.1f} GiB are free; shorten the prompt, load "
+            "the model in bfloat16, or free memory"
         )
 
 
@@ -489,7 +493,7 @@ class _Prefix(DynamicLayer):
 class _Tree:
     """Lays rows out as positions of one sequence, each seeing the prefix and itself.
 
-    Rows of one length keep their positions: rotary angles and masks are those of the base, repeated.
+    Rows of one length keep their positions: rotary angles and masks are the base's, repeated.
     """
 
     def __init__(self, rows: int, length: int, start: int) -> None:
@@ -584,6 +588,10 @@ def _looks_back_only(bridge: TransformerBridge) -> bool:
     return getattr(bridge.cfg, "attention_dir", "causal") == "causal"
 
 
+def _device(bridge: TransformerBridge) -> torch.device:
+    return torch.device(bridge.cfg.device or "cpu")
+
+
 def _item_bytes(bridge: TransformerBridge) -> int:
     return bridge.cfg.dtype.itemsize
 
@@ -596,6 +604,6 @@ def _token_bytes(bridge: TransformerBridge, length: int) -> int:
 
 
 def _available_bytes(bridge: TransformerBridge) -> int:
-    if torch.device(bridge.cfg.device).type == "cuda":
-        return torch.cuda.mem_get_info(bridge.cfg.device)[0]
+    if _device(bridge).type == "cuda":
+        return torch.cuda.mem_get_info(_device(bridge))[0]
     return psutil.virtual_memory().available

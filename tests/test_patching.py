@@ -253,7 +253,7 @@ def test_across_models_a_sweep_equals_one_forward_pass_a_patch(fine_tunes, unit,
 
 
 def own_output(bridge, layer, cache):
-    """What every head writes, [pos head d_model], from the weight that base and adapter add up to."""
+    """What every head writes, [pos head d_model], by the whole weight of base and adapter."""
     project = bridge.blocks[layer].attn.o.original_component
     heads, size = cache[f"blocks.{layer}.attn.hook_z"].shape[-2:]
     basis = torch.eye(heads * size)

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from interp_kit.decisions import Prompt, batches, encode_scenario
 from interp_kit.loading import Models
-from interp_kit.specs import Scenario
+from interp_kit.specs import InputError, Scenario
 
 Analysis = Callable[[TransformerBridge, Sequence[Prompt]], pd.DataFrame]
+PairAnalysis = Callable[[Models, str, str, Sequence[Prompt]], pd.DataFrame]
 
 
 def across(models: Models, scenarios: Sequence[Scenario], analysis: Analysis) -> pd.DataFrame:
@@ -28,6 +29,32 @@ def across(models: Models, scenarios: Sequence[Scenario], analysis: Analysis) ->
         bridge = models.switch(name)
         table = analysis(bridge, encode_scenario(bridge, scenario))
         table = table.assign(model=models.title(name), scenario=scenario.name)
+        tables.append(table.assign(prompt=scenario.name + "/" + table.prompt))
+    return pd.concat(tables, ignore_index=True)
+
+
+def across_pairs(
+    models: Models,
+    pairs: Sequence[Sequence[str]],
+    scenarios: Sequence[Scenario],
+    analysis: PairAnalysis,
+) -> pd.DataFrame:
+    """``analysis(models, source, target, prompts)`` for every pair and scenario, in one table.
+
+    Adds the columns ``experiment`` ("source -> target", by title) and ``scenario``; prompts are
+    renamed ``scenario/prompt``. Raises ``InputError`` for a pair that is not two loaded models.
+    """
+    for pair in pairs:
+        if len(pair) != 2:
+            raise InputError(f"expected pairs [source, target], got {list(pair)}")
+        models.require_one_base(*pair)
+    tables = []
+    everything = list(product(pairs, scenarios))
+    for (source, target), scenario in tqdm(everything, desc="pairs", unit="cell", leave=False):
+        prompts = encode_scenario(models.switch(target), scenario)
+        table = analysis(models, source, target, prompts)
+        name = f"{models.title(source)} -> {models.title(target)}"
+        table = table.assign(experiment=name, scenario=scenario.name)
         tables.append(table.assign(prompt=scenario.name + "/" + table.prompt))
     return pd.concat(tables, ignore_index=True)
 

@@ -58,13 +58,13 @@ def activation_patching(
 ) -> pd.DataFrame:
     """The decision with one unit patched from the counterfactual prompt, for every unit.
 
-    ``unit``: "component" is every head (its ``z``: truly one head under grouped-query attention) and
-    every MLP; "head", "mlp_out", "attn_out", "resid_pre", "resid_mid" and "resid_post" are these
-    alone, "neuron" those of one ``layer``. ``positions``: "all" at once; "each" by itself, from the
-    first in which the prompts differ (before it nothing can change) to the one where the answers
-    part, their shared tokens included; "decision", only that one; "segments", the named parts of
-    the prompt, each at once. ``metric`` "kl": the divergence in nats of the next-token distribution
-    where the answers part from the unpatched run's, instead of the decision.
+    ``unit``: "component" is every head (its ``z``: truly one head under grouped-query attention)
+    and every MLP; "head", "mlp_out", "attn_out", "resid_pre", "resid_mid" and "resid_post" are
+    these alone, "neuron" those of one ``layer``. ``positions``: "all" at once; "each" by itself,
+    from the first in which the prompts differ (before it nothing can change) to the one where the
+    answers part, their shared tokens included; "decision", only that one; "segments", the named
+    parts of the prompt, each at once. ``metric`` "kl": the divergence in nats of the next-token
+    distribution where the answers part from the unpatched run's, instead of the decision.
 
     Returns one row for each direction, prompt and patch: ``direction prompt group component layer
     head neuron pos segment``, with -1 for what does not apply; ``baseline`` and ``source``, the
@@ -222,10 +222,10 @@ def _aimed(
     prompts: Sequence[Prompt], directions: Sequence[Direction]
 ) -> Iterator[tuple[Direction, Prompt]]:
     """The run that is patched, for every direction and prompt; named as the prompt."""
-    pairs = [(direction, prompt) for direction in directions for prompt in prompts]
-    for direction, prompt in tqdm(pairs, desc="patching", unit="prompt", leave=False):
-        target = prompt.swapped() if direction == "denoise" else prompt
-        yield direction, replace(target, id=prompt.id)
+    for direction in directions:
+        for prompt in tqdm(prompts, desc=direction, unit="prompt", leave=False):
+            target = prompt.swapped() if direction == "denoise" else prompt
+            yield direction, replace(target, id=prompt.id)
 
 
 def _places(patches: Sequence[Patch]) -> list[Place]:

@@ -1,4 +1,4 @@
-"""Means with intervals over prompts."""
+"""Means with intervals over prompts, and tests of many effects at once."""
 
 from collections.abc import Sequence
 
@@ -27,3 +27,55 @@ def mean_interval(
     half = np.where(result.n > 1, factor * result.spread / np.sqrt(result.n), np.nan)
     result = result.assign(low=result.value - half, high=result.value + half)
     return result.loc[:, [*by, "value", "low", "high", "n"]]
+
+
+def effects(
+    table: pd.DataFrame,
+    by: Sequence[str],
+    *,
+    column: str = "change",
+    noise_floor: float = 0.0,
+    rate: float = 0.05,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The mean of ``column`` over prompts in each group of ``by``, tested against no effect.
+
+    ``low`` and ``high``: percentile bootstrap over prompts, 95 %. ``p``: sign-flip permutation test
+    paired by prompt, two-sided, exact where 2^n <= ``resamples``; n prompts can give no less than
+    2 / 2^n, so fewer than six never reach .05. ``q``: p after Benjamini and Hochberg over all
+    groups. ``clear``: q <= ``rate`` and |value| above ``noise_floor``, the numerical error of the
+    computation; what is not clear is not to be interpreted.
+
+    Returns the columns of ``by`` and ``value low high n p q clear``. Raises ``ValueError`` unless
+    every group has the same prompts.
+    """
+    by = list(by)
+    wide = table.pivot_table(index=by, columns="prompt", values=column, sort=False, dropna=False)
+    wide = wide.dropna(how="all")
+    if wide.isna().to_numpy().any():
+        raise ValueError("expected the same prompts in every group; test such groups apart")
+    values = wide.to_numpy()
+    n = values.shape[1]
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(n, size=(resamples, n))
+    low, high = np.quantile(
+        np.stack([row[drawn].mean(1) for row in values]), [0.025, 0.975], axis=1
+    )
+    p = stats.permutation_test(
+        (values,),
+        lambda x, axis: np.mean(x, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        batch=500,
+        axis=1,
+        rng=rng,
+    ).pvalue
+    mean = values.mean(1)
+    p = np.where(mean == 0, 1.0, p)
+    q = stats.false_discovery_control(p)
+    result = pd.DataFrame({"value": mean, "low": low, "high": high, "n": n, "p": p, "q": q})
+    result["clear"] = (q <= rate) & (abs(mean) > noise_floor)
+    keys = wide.index.to_frame(index=False)
+    return pd.concat([keys, result], axis=1)

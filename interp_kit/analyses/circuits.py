@@ -1,0 +1,204 @@
+"""Circuits: a smallest set of components that carries a behaviour from one run to another.
+
+A circuit is a set of heads and MLPs whose activations, moved together from the source run into the
+target run, make it decide as the source does. Components are added in the order of their single
+effects until enough of the effect is recovered, then pruned until none can be left out.
+
+faithfulness = recovered fraction with the circuit moved;
+completeness = 1 - recovered fraction with everything *but* the circuit moved;
+minimality = the smallest recovered fraction that is lost by leaving out one component.
+
+Sources: Wang et al., "Interpretability in the Wild", arXiv:2211.00593 (the three criteria); Conmy
+et al., "Towards Automated Circuit Discovery", arXiv:2304.14997; Shi et al., "Hypothesis Testing the
+Circuit Hypothesis in LLMs", arXiv:2410.13032 (random circuits as the null).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from interp_kit.experiments import Experiment
+from interp_kit.sweeps import NOTHING, Patch, Row
+
+SAME = 0.01  # nats: target and source decide alike, there is nothing to explain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circuit:
+    """``patches`` in the order of their single effects, strongest first.
+
+    ``to_flip``: how many components, added in that order, flip the mean decision; ``None`` if the
+    source decides alike or no number does. ``added``: how many were added before pruning.
+    ``growth``: the fraction recovered by the first 0, 1, 2, ... of all candidates in that order.
+    """
+
+    patches: tuple[Patch, ...]
+    added: int
+    to_flip: int | None
+    growth: tuple[float, ...]
+
+    @property
+    def components(self) -> list[str]:
+        return [patch.component for patch in self.patches]
+
+
+def find_circuit(
+    experiments: Sequence[Experiment], candidates: Sequence[Patch], *, recover: float = 0.8
+) -> Circuit | None:
+    """The smallest circuit that this search finds, for the mean decision over ``experiments``.
+
+    ``recover`` is the fraction of source - baseline to recover; 0 stops as soon as the decision
+    changes its sign. Every component of the result is needed: leaving out any one falls short. It
+    need not be the smallest of all. ``None`` where there is nothing to explain (baseline and source
+    decide alike) or where all candidates together fall short.
+    """
+    if not _differ(experiments, recover):
+        return None
+    single = _recovered(experiments, [frozenset([c]) for c in candidates])
+    order = [candidates[i] for i in np.argsort(-single, kind="stable")]
+    nested = _recovered(experiments, [frozenset(order[:n]) for n in range(len(order) + 1)])
+    flips = np.flatnonzero(_flipped(experiments, nested))
+    enough = np.flatnonzero(_enough(experiments, nested, recover))
+    if not len(enough):
+        return None
+    size = int(enough[0])
+    return Circuit(
+        patches=tuple(_pruned(experiments, order[:size], recover)),
+        added=size,
+        to_flip=int(flips[0]) if len(flips) else None,
+        growth=tuple(nested.tolist()),
+    )
+
+
+def circuit_scores(
+    experiments: Sequence[Experiment], candidates: Sequence[Patch], circuit: Sequence[Patch]
+) -> pd.Series:
+    """``size faithfulness completeness minimality`` of one circuit, fractions of the effect."""
+    whole = frozenset(circuit)
+    without = [whole - {patch} for patch in circuit]
+    rows = [whole, frozenset(candidates) - whole, *without]
+    recovered = _recovered(experiments, rows)
+    return pd.Series(
+        {
+            "size": len(whole),
+            "faithfulness": recovered[0],
+            "completeness": 1 - recovered[1],
+            "minimality": recovered[0] - max(recovered[2:], default=np.nan),
+        }
+    )
+
+
+def random_circuits(
+    experiments: Sequence[Experiment],
+    candidates: Sequence[Patch],
+    circuit: Sequence[Patch],
+    *,
+    n: int = 100,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """``faithfulness completeness`` of ``n`` random sets with as many heads and MLPs each."""
+    rng = np.random.default_rng(seed)
+    drawn = [frozenset(_alike(candidates, circuit, rng)) for _ in range(n)]
+    everything = frozenset(candidates)
+    recovered = _recovered(experiments, [*drawn, *(everything - row for row in drawn)])
+    return pd.DataFrame({"faithfulness": recovered[:n], "completeness": 1 - recovered[n:]})
+
+
+def overlap(
+    first: Sequence[Patch],
+    second: Sequence[Patch],
+    candidates: Sequence[Patch],
+    *,
+    n: int = 9999,
+    seed: int = 0,
+) -> pd.Series:
+    """How far two circuits share components: |both| / |either|, against a permutation null.
+
+    The null permutes which components ``first`` holds, heads among heads and MLPs among MLPs.
+    Returns ``value``; ``expected`` and its 95 % range ``low high`` under the null; ``p_more`` and
+    ``p_less``, one-sided: whether they share more, or less, than chance.
+    """
+    rng = np.random.default_rng(seed)
+    observed = _jaccard(set(first), set(second))
+    null = np.array([_jaccard(set(_alike(candidates, first, rng)), set(second)) for _ in range(n)])
+    return pd.Series(
+        {
+            "value": observed,
+            "expected": null.mean(),
+            "low": np.quantile(null, 0.025),
+            "high": np.quantile(null, 0.975),
+            "p_more": (1 + (null >= observed).sum()) / (n + 1),
+            "p_less": (1 + (null <= observed).sum()) / (n + 1),
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------- internals
+def _means(experiments: Sequence[Experiment]) -> tuple[float, float]:
+    baseline = float(np.mean([e.baseline for e in experiments]))
+    return baseline, float(np.mean([e.source for e in experiments]))
+
+
+def _differ(experiments: Sequence[Experiment], recover: float) -> bool:
+    baseline, source = _means(experiments)
+    if recover == 0:
+        return (baseline > 0) != (source > 0)
+    return abs(source - baseline) > SAME
+
+
+def _recovered(
+    experiments: Sequence[Experiment], rows: Sequence[Row], *, base: Row = NOTHING
+) -> Float[np.ndarray, "row"]:
+    """(mean decision - baseline) / (source - baseline) of every row."""
+    baseline, source = _means(experiments)
+    values = np.mean([e.values(rows, base=base)[1:].numpy() for e in experiments], axis=0)
+    return (values - baseline) / (source - baseline)
+
+
+def _flipped(experiments: Sequence[Experiment], recovered: Float[np.ndarray, "row"]) -> np.ndarray:
+    baseline, source = _means(experiments)
+    return ((baseline + recovered * (source - baseline)) > 0) != (baseline > 0)
+
+
+def _enough(
+    experiments: Sequence[Experiment], recovered: Float[np.ndarray, "row"], recover: float
+) -> np.ndarray:
+    return _flipped(experiments, recovered) if recover == 0 else recovered >= recover
+
+
+def _pruned(
+    experiments: Sequence[Experiment], circuit: Sequence[Patch], recover: float
+) -> list[Patch]:
+    """Leave out what is not needed, least needed first, until every component is."""
+    kept = list(circuit)
+    while kept:
+        base = frozenset(kept)
+        without = _recovered(experiments, [base - {patch} for patch in kept], base=base)
+        spare = [kept[i] for i in np.argsort(-without) if _enough(experiments, without, recover)[i]]
+        if not spare:
+            break
+        fewer = [base - set(spare[: n + 1]) for n in range(len(spare))]
+        good = _enough(experiments, _recovered(experiments, fewer, base=base), recover)
+        n = int(np.argmin(good)) if not good.all() else len(spare)
+        # Alone, the first can always go: at least one leaves in every round.
+        kept = [patch for patch in kept if patch not in spare[: max(1, n)]]
+    return kept
+
+
+def _alike(
+    candidates: Sequence[Patch], circuit: Sequence[Patch], rng: np.random.Generator
+) -> list[Patch]:
+    """Random components, as many of each site as the circuit has."""
+    drawn = []
+    for site in sorted({patch.site for patch in circuit}):
+        pool = [patch for patch in candidates if patch.site == site]
+        size = sum(patch.site == site for patch in circuit)
+        drawn += [pool[i] for i in rng.choice(len(pool), size, replace=False)]
+    return drawn
+
+
+def _jaccard(first: set[Patch], second: set[Patch]) -> float:
+    return len(first & second) / len(first | second) if first | second else float("nan")
