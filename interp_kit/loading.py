@@ -48,6 +48,7 @@ class Models:
         self.specs = {spec.name: spec for spec in specs}
         self.device = device or _default_device()
         self._loaded: dict[tuple[Any, ...], _Loaded] = {}
+        self._active: dict[tuple[Any, ...], str] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -57,9 +58,13 @@ class Models:
         return self.specs[name].title
 
     def switch(self, name: str) -> TransformerBridge:
-        """The bridge, computing as model ``name``: its base and exactly its adapter."""
-        loaded = self._load(self._spec(name))
-        if not loaded.adapters:
+        """The bridge, computing as model ``name``: its base and exactly its adapter.
+
+        Switching is this method's alone: adapters set on the model by hand are not noticed.
+        """
+        spec = self._spec(name)
+        loaded = self._load(spec)
+        if not loaded.adapters or self._active.get(_same_base(spec)) == name:
             return loaded.bridge
         model: Any = loaded.bridge.original_model
         if name in loaded.adapters:
@@ -68,6 +73,7 @@ class Models:
             model.requires_grad_(False)  # set_adapter makes the adapter trainable
         else:
             model.disable_adapters()
+        self._active[_same_base(spec)] = name
         return loaded.bridge
 
     @contextmanager
@@ -94,6 +100,7 @@ class Models:
             cast(Any, bridge.original_model).requires_grad_(False)
             yield bridge
         finally:
+            self._active.clear()
             self.switch(target)
 
     def adapter_weights(

@@ -200,8 +200,12 @@ def gradients(
     """d(logit of ids[0] - logit of ids[1] at the last position) / d(activation), [pos ...] each."""
     kept: dict[Place, Tensor] = {}
 
-    def keep(place: Place) -> Callable[..., None]:
-        return lambda x, hook: kept.update({place: x})
+    def keep(place: Place) -> Callable[..., Tensor]:
+        def hook_function(x: Tensor, hook: object) -> Tensor:
+            kept[place] = x
+            return x  # what is returned is what the model goes on with: z may be a reshaped view
+
+        return hook_function
 
     # The stream between attention and MLP moves as far as attention's output does.
     named = {p: HOOKS["attn_out" if p[0] == "resid_mid" else p[0]].format(p[1]) for p in places}

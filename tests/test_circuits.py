@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from interp_kit.analyses.adapters import layer_swap, lora_norms
+from interp_kit.analyses.adapters import layer_swap, lora_norms, nested_layer_swap
 from interp_kit.analyses.circuits import circuit_scores, find_circuit, overlap, random_circuits
 from interp_kit.analyses.statistics import effects
 from interp_kit.decisions import decide, encode_scenario
@@ -109,6 +109,14 @@ def test_swapping_every_layer_makes_the_other_model(organisms, prompts):
     with organisms.with_layers_from(base, A, layers) as bridge:
         assert decide(bridge, prompts).value.to_numpy() == pytest.approx(expected, abs=1e-5)
     assert decide(organisms.switch(base), prompts).value.to_numpy() == pytest.approx(bare, abs=0)
+
+
+def test_layers_added_one_by_one_end_at_the_source(organisms, prompts):
+    table = nested_layer_swap(organisms, A, B, prompts, order=[7, 6, 5, 4, 3, 2, 1, 0])
+    assert table.value.iloc[0] == 0
+    assert table.value.iloc[-1] == pytest.approx(1, abs=1e-5)
+    one = layer_swap(organisms, A, B, prompts).query("layer == 7").value.mean()
+    assert table.decision.iloc[1] == pytest.approx(one, abs=1e-5)
 
 
 def test_one_layer_swapped_is_between_and_norms_are_of_the_weights(organisms, prompts):

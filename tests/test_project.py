@@ -95,7 +95,8 @@ def test_parameters_are_typed_literals_with_help(file):
         if "parameters" in c["metadata"].get("tags", [])
     ]
     source = "".join(cell["source"])
-    for statement, line in zip(ast.parse(source).body, source.splitlines()):
+    for statement in ast.parse(source).body:
         assert isinstance(statement, ast.AnnAssign)
         ast.literal_eval(statement.value)
+        line = source.splitlines()[statement.end_lineno - 1]
         assert "  # " in line, f"no help in: {line}"

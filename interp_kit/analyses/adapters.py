@@ -49,3 +49,21 @@ def layer_swap(models: Models, source: str, target: str, prompts: Sequence[Promp
         tables.append(table.assign(change=table.value - baseline))
     table = pd.concat(tables, ignore_index=True)
     return table.assign(direction=f"{source} -> {target}")
+
+
+def nested_layer_swap(
+    models: Models, source: str, target: str, prompts: Sequence[Prompt], *, order: Sequence[int]
+) -> pd.DataFrame:
+    """The mean decision of ``target`` with ``source``'s adapter in the first n layers of ``order``.
+
+    Columns: ``n``, ``layer`` (the one added; -1 for none), ``decision`` in nats, and ``value``, the
+    fraction of source - target that is recovered: 0 for no layer, 1 for all of them.
+    """
+    goal = float(decide(models.switch(source), prompts).value.mean())
+    decisions = []
+    for n in range(len(order) + 1):
+        with models.with_layers_from(target, source, order[:n]) as bridge:
+            decisions.append(float(decide(bridge, prompts).value.mean()))
+    table = pd.DataFrame({"n": range(len(order) + 1), "layer": [-1, *order]})
+    table["decision"] = decisions
+    return table.assign(value=(table.decision - decisions[0]) / (goal - decisions[0]))

@@ -107,6 +107,32 @@ def random_circuits(
     return pd.DataFrame({"faithfulness": recovered[:n], "completeness": 1 - recovered[n:]})
 
 
+def against_random(
+    experiments: Sequence[Experiment],
+    candidates: Sequence[Patch],
+    circuit: Sequence[Patch],
+    *,
+    n: int = 100,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Rows ``faithfulness`` and ``completeness`` of a circuit against ``random_circuits``.
+
+    Columns: ``value``; ``expected`` and 95 % range ``low high`` of the random circuits; ``p``, the
+    chance that a random one does as well, (1 + count) / (n + 1).
+    """
+    scores = circuit_scores(experiments, candidates, circuit)
+    drawn = random_circuits(experiments, candidates, circuit, n=n, seed=seed)
+    return pd.DataFrame(
+        {
+            "value": scores[drawn.columns],
+            "expected": drawn.mean(),
+            "low": drawn.quantile(0.025),
+            "high": drawn.quantile(0.975),
+            "p": (1 + (drawn >= scores[drawn.columns]).sum()) / (n + 1),
+        }
+    )
+
+
 def overlap(
     first: Sequence[Patch],
     second: Sequence[Patch],

@@ -113,7 +113,8 @@ def cross_model_patching(
     models.require_one_base(source, target)
     patches = components(models.switch(target), unit, layer=layer)
     tables = []
-    for prompt in tqdm(prompts, desc=f"{source} -> {target}", unit="prompt", leave=False):
+    name = f"{models.title(source)} -> {models.title(target)}"
+    for prompt in tqdm(prompts, desc=name, unit="prompt", leave=False):
         experiment = cross_model_experiment(
             models, source, target, prompt, _places(patches), metric=metric, positions=positions
         )
@@ -194,6 +195,20 @@ def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -
         experiment = identity_experiment(bridge, prompt, _places([*heads_and_mlps, *stream]))
         values = experiment.values(rows, skip=False)
         worst = max(worst, float((values - values[0]).abs().max()))
+    return worst
+
+
+def transplant_error(models: Models, source: str, target: str, prompts: Sequence[Prompt]) -> float:
+    """How far ``target`` with all of ``source``'s heads and MLPs is from ``source``, in nats.
+
+    The two have the same embedding and norms: nothing else is left, and the error should be 0.
+    """
+    everything = components(models.switch(target), "component")
+    worst = 0.0
+    for prompt in prompts:
+        experiment = cross_model_experiment(models, source, target, prompt, _places(everything))
+        value = float(experiment.values([frozenset(everything)])[1])
+        worst = max(worst, abs(value - experiment.source))
     return worst
 
 

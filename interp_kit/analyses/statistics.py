@@ -79,3 +79,43 @@ def effects(
     result["clear"] = (q <= rate) & (abs(mean) > noise_floor)
     keys = wide.index.to_frame(index=False)
     return pd.concat([keys, result], axis=1)
+
+
+def paired_drops(
+    table: pd.DataFrame,
+    by: Sequence[str],
+    *,
+    series: str,
+    first: str,
+    noise_floor: float = 0.0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How much less ``value`` is in every other ``series`` than in ``first``, paired by prompt.
+
+    One row for each group of ``by`` and other series: ``effects`` of first - other, and the column
+    ``other``.
+    """
+    wide = table.pivot_table(index=[*by, "prompt"], columns=series, values="value", sort=False)
+    tables = []
+    for other in [name for name in wide.columns if name != first]:
+        drop = (wide[first] - wide[other]).rename("change").reset_index()
+        tables.append(effects(drop, by, noise_floor=noise_floor, seed=seed).assign(other=other))
+    return pd.concat(tables, ignore_index=True)
+
+
+def rank_correlation(
+    first: pd.Series, second: pd.Series, *, resamples: int = 9999, seed: int = 0
+) -> pd.Series:
+    """Spearman's rank correlation against a null that permutes ``second``.
+
+    Returns ``value``; ``expected`` and 95 % range ``low high`` under the null; ``p``, two-sided.
+    """
+    ranks = first.rank().to_numpy(), second.rank().to_numpy()
+    rng = np.random.default_rng(seed)
+    value = float(np.corrcoef(*ranks)[0, 1])
+    null = np.array(
+        [np.corrcoef(ranks[0], rng.permutation(ranks[1]))[0, 1] for _ in range(resamples)]
+    )
+    low, high = np.quantile(null, [0.025, 0.975])
+    p = (1 + (abs(null) >= abs(value)).sum()) / (resamples + 1)
+    return pd.Series({"value": value, "expected": null.mean(), "low": low, "high": high, "p": p})

@@ -86,6 +86,7 @@ def expand(
         checked = _check_parameters(file, given)
         for own_models, own_scenarios in _visits(file, run):
             parameters = checked | own_models | own_scenarios
+            _check_pairs(file, parameters)
             folder = (
                 Path(outputs)
                 / run.name
@@ -200,6 +201,18 @@ def _check_parameters(file: Path, given: dict[str, Any]) -> dict[str, Any]:
         except ValidationError as error:
             raise InputError(f"{where} ({annotation}): {explain(error)}") from None
     return checked
+
+
+def _check_pairs(file: Path, parameters: dict[str, Any]) -> None:
+    """``pairs`` are [source, target] among the run's models: else a kernel would start in vain."""
+    for pair in parameters.get("pairs", []):
+        if len(pair) != 2:
+            raise InputError(
+                f"notebook {file.stem}: parameter 'pairs' holds {pair}; expected [source, target]"
+            )
+        for name in set(pair) - set(parameters.get("models", pair)):
+            among = unknown("model", name, parameters["models"], "add it to the run's models")
+            raise InputError(f"notebook {file.stem}: parameter 'pairs': {among}")
 
 
 # ----------------------------------------------------------------------------------- content keys

@@ -44,6 +44,79 @@ def trajectories(
     return _styled(figure, title)
 
 
+def growth(
+    table: pd.DataFrame, *, series: str, x: str, x_title: str, y_title: str, title: str
+) -> go.Figure:
+    """``value`` by ``x``, a line for each value of ``series``; dotted lines at 0 and 1."""
+    figure = go.Figure()
+    for i, (name, own) in enumerate(table.groupby(series, sort=False)):
+        line = {"color": PALETTE[i % len(PALETTE)], "width": 2}
+        figure.add_scatter(x=own[x], y=own.value, name=escape(str(name)), mode="lines", line=line)
+    for level in (0, 1):
+        figure.add_hline(y=level, line={"color": CONTROL, "width": 1, "dash": "dot"})
+    figure.update_xaxes(title=x_title)
+    figure.update_yaxes(title=y_title)
+    return _styled(figure, title)
+
+
+def against_null(table: pd.DataFrame, *, label: str, title: str, x_title: str) -> go.Figure:
+    """Measured ``value`` of each ``label`` over the range ``low high`` (``expected``) of chance."""
+    figure = go.Figure()
+    names = [escape(str(name)) for name in table[label]]
+    figure.add_scatter(
+        x=table.expected, y=names, mode="markers", name="chance, 95 %",
+        marker={"color": CONTROL, "symbol": "line-ns-open", "size": 12},
+        error_x={"type": "data", "symmetric": False, "array": table.high - table.expected,
+                 "arrayminus": table.expected - table.low, "color": CONTROL, "thickness": 6},
+    )  # fmt: skip
+    figure.add_scatter(
+        x=table.value, y=names, mode="markers", name="measured",
+        marker={"color": PALETTE[1], "size": 11, "symbol": "diamond"},
+    )  # fmt: skip
+    figure.update_xaxes(title=x_title)
+    figure.update_yaxes(autorange="reversed", type="category")
+    height = max(400, 32 * len(table) + 160)
+    return _styled(figure, title).update_layout(height=height, margin={"l": 260})
+
+
+def scatter(
+    table: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    label: str,
+    title: str,
+    x_title: str,
+    y_title: str,
+    diagonal: bool = False,
+) -> go.Figure:
+    """One point a row, named by ``label`` (the five farthest out in writing, all on hover).
+
+    ``diagonal`` draws the line y = x.
+    """
+    far = (table[x].rank(pct=True) - 0.5).abs() + (table[y].rank(pct=True) - 0.5).abs()
+    written = set(far.nlargest(5).index)
+    names = [escape(str(name)) for name in table[label]]
+    figure = go.Figure(
+        go.Scatter(
+            x=table[x],
+            y=table[y],
+            text=[name if at in written else "" for at, name in zip(table.index, names)],
+            customdata=names,
+            mode="markers+text",
+            textposition="bottom left",
+            marker={"color": PALETTE[0], "size": 8, "opacity": 0.7},
+            hovertemplate="%{customdata}<br>%{x:.3f}, %{y:.3f}<extra></extra>",
+        )
+    )
+    if diagonal:
+        ends = [min(table[x].min(), table[y].min()), max(table[x].max(), table[y].max())]
+        figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": CONTROL, "dash": "dot"})
+    figure.update_xaxes(title=x_title)
+    figure.update_yaxes(title=y_title)
+    return _styled(figure, title).update_layout(showlegend=False)
+
+
 def trajectory_grid(
     table: pd.DataFrame, *, panel: str, series: str, y_title: str, title: str
 ) -> go.Figure:
@@ -82,7 +155,7 @@ def heatmap(
     """``value`` over ``x`` and ``y``, zero-centred; ``x_labels`` name the x values in order."""
     grid = table.pivot(index=y, columns=x, values="value")
     grid = grid.loc[list(dict.fromkeys(table[y])), list(dict.fromkeys(table[x]))]
-    bound = float(grid.abs().max().max()) or 1.0
+    bound = float(grid.abs().max().max() if grid.size else 0) or 1.0
     labels = list(map(str, grid.columns)) if x_labels is None else [escape(v) for v in x_labels]
     ticks = list(range(len(labels)))
     figure = go.Figure(
@@ -116,7 +189,9 @@ def bars(
         if {"low", "high"} <= set(own) and own.high.notna().any():
             error = {
                 "type": "data",
+                "symmetric": False,
                 "array": own.high - own.value,
+                "arrayminus": own.value - own.low,
                 "color": "black",
                 "thickness": 1,
             }

@@ -52,6 +52,8 @@ def sentence(name: str, entry: Named, *, noise_floor: float = 0.0) -> str:
         text += f", n = {entry['n']}"
     if "control" in entry:
         text += f"; control {entry['control']:.3f}"
+    if "p" in entry:
+        text += f", p = {entry['p']:.3f}" if entry["p"] >= 0.001 else ", p < 0.001"
     if unit in MEASURED and abs(value) < noise_floor:
         text += f" (below the numerical noise floor of {noise_floor:.1e}: not interpreted)"
     return text
