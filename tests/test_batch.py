@@ -167,6 +167,18 @@ def run_file(folder, **changes):
         ({"scenarios": ["CC"]}, "unknown scenario 'CC'"),
         ({"notebooks": {"01_logit_lens": {"topk": 1}}}, "did you mean 'top_k'?"),
         ({"notebooks": {"01_logit_lens": {"top_k": "3"}}}, "valid integer, got '3'"),
+        (
+            {"notebooks": {"04_cross_model_patching": {"pairs": [["ipd-hybrid", "ipd-hybird"]]}}},
+            "'pairs': unknown model 'ipd-hybird': did you mean 'ipd-hybrid'?",
+        ),
+        (
+            {"notebooks": {"05_circuits": {"pairs": [["ipd-hybrid"]]}}},
+            "holds ['ipd-hybrid']; expected [source, target]",
+        ),
+        (
+            {"notebooks": {"91_summary": {"reference": "ipd-strategic"}}},
+            "'reference': unknown model 'ipd-strategic'",
+        ),
     ],
 )
 def test_bad_run_files_end_with_one_line_and_exit_code_2(tmp_path, changes, expected):
@@ -185,6 +197,7 @@ def test_what_only_the_model_can_tell_is_found_before_anything_is_written(tmp_pa
         scenario["decision"] |= {"negative": " action2.5", "positive": " action2"}
     elif trouble == "too long":
         scenario["prompts"][0]["text"] *= 20
+        del scenario["prompts"][0]["segments"]
     (tmp_path / "scenarios").mkdir()
     (tmp_path / "scenarios" / "mine.yaml").write_text(yaml.safe_dump(scenario))
     shutil.copytree(REPOSITORY / "data/models/ipd-hybrid", tmp_path / "models" / "spoiled")

@@ -10,8 +10,17 @@ import pytest
 from scipy import stats
 
 from interp_kit.analyses.lens import trajectory_statistics
-from interp_kit.analyses.statistics import mean_interval
-from interp_kit.reporting.figures import attention_view, bars, heatmap, token_grid, trajectories
+from interp_kit.analyses.statistics import mean_interval, rank_correlation
+from interp_kit.reporting.figures import (
+    against_null,
+    attention_view,
+    bars,
+    growth,
+    heatmap,
+    scatter,
+    token_grid,
+    trajectories,
+)
 from interp_kit.reporting.gallery import write_gallery
 from interp_kit.reporting.records import named, record, sentence
 
@@ -35,6 +44,28 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     ).assign(value=rng.normal(size=6000))
     found = mean_interval(table, ["study"])
     assert ((found.low < 0) & (found.high > 0)).mean() == pytest.approx(0.95, abs=0.02)
+
+
+def test_asymmetric_intervals_are_drawn_as_they_are():
+    table = pd.DataFrame({"component": ["a"], "value": [1.0], "low": [0.5], "high": [3.0]})
+    error = bars(table, label="component", title="t", x_title="x").data[0].error_x
+    assert (list(error.array), list(error.arrayminus)) == ([2.0], [0.5])
+
+
+def test_an_empty_table_makes_an_empty_figure():
+    empty = pd.DataFrame({"x": [], "y": [], "value": []})
+    assert heatmap(empty, x="x", y="y", title="t", color_title="c").data[0].zmax == 1.0
+
+
+def test_rank_correlation_finds_order_and_calls_chance_chance():
+    rng = np.random.default_rng(0)
+    x = pd.Series(rng.normal(size=40))
+    found = rank_correlation(x, x**3, resamples=999)
+    assert found.value == pytest.approx(1)
+    assert found.p <= 0.002
+    pairs = [pd.Series(rng.normal(size=40)) for _ in range(100)]
+    p = [rank_correlation(x, y, resamples=199).p for y in pairs]
+    assert np.mean(np.array(p) <= 0.05) < 0.15
 
 
 def test_one_prompt_has_no_interval():
@@ -70,6 +101,21 @@ def test_text_from_models_never_becomes_markup():
         heatmap(
             pd.DataFrame({"pos": [0], "layer": [0], "value": [1.0]}),
             x="pos", y="layer", title=evil, color_title="c", x_labels=[evil],
+        ),
+        heatmap(
+            components.assign(layer=0), x="component", y="layer", title=evil, color_title="c"
+        ),
+        growth(
+            LAYERS.assign(series=evil), series="series", x="layer", title=evil,
+            x_title="x", y_title="y",
+        ),
+        against_null(
+            components.assign(expected=0, low=-1, high=1), label="component", title=evil,
+            x_title="x",
+        ),
+        scatter(
+            components.assign(other=[2.0]), x="value", y="other", label="component", title=evil,
+            x_title="x", y_title="y",
         ),
     ]  # fmt: skip
     for figure in figures:

@@ -98,7 +98,7 @@ def paired_drops(
     wide = table.pivot_table(index=[*by, "prompt"], columns=series, values="value", sort=False)
     tables = []
     for other in [name for name in wide.columns if name != first]:
-        drop = (wide[first] - wide[other]).rename("change").reset_index()
+        drop = pd.DataFrame({"change": wide[first] - wide[other]}).reset_index()
         tables.append(effects(drop, by, noise_floor=noise_floor, seed=seed).assign(other=other))
     return pd.concat(tables, ignore_index=True)
 

@@ -40,6 +40,7 @@ from interp_kit.specs import (
 NOTEBOOKS = REPOSITORY / "notebooks"
 ALL_MODELS, ALL_SCENARIOS = "all-models", "all-scenarios"
 SET_BY_RUN = ("model", "models", "scenario", "scenarios", "output")
+NAMING_MODELS = {"pairs", "reference", "others"}  # parameters whose values are the run's models
 VERSIONS = ("transformer-lens", "torch", "transformers", "peft", "plotly", "pandas", "numpy")
 HASHED_WHOLE = 256 * 2**20  # bytes; of a larger weight file the key holds size and time only
 
@@ -86,7 +87,7 @@ def expand(
         checked = _check_parameters(file, given)
         for own_models, own_scenarios in _visits(file, run):
             parameters = checked | own_models | own_scenarios
-            _check_pairs(file, parameters)
+            _check_named_models(file, parameters)
             folder = (
                 Path(outputs)
                 / run.name
@@ -203,16 +204,21 @@ def _check_parameters(file: Path, given: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _check_pairs(file: Path, parameters: dict[str, Any]) -> None:
-    """``pairs`` are [source, target] among the run's models: else a kernel would start in vain."""
-    for pair in parameters.get("pairs", []):
-        if len(pair) != 2:
-            raise InputError(
-                f"notebook {file.stem}: parameter 'pairs' holds {pair}; expected [source, target]"
-            )
-        for name in set(pair) - set(parameters.get("models", pair)):
-            among = unknown("model", name, parameters["models"], "add it to the run's models")
-            raise InputError(f"notebook {file.stem}: parameter 'pairs': {among}")
+def _check_named_models(file: Path, parameters: dict[str, Any]) -> None:
+    """Parameters that name models must name the run's: else a kernel would start in vain."""
+    for name in sorted(NAMING_MODELS & set(parameters)):
+        where, given = f"notebook {file.stem}: parameter {name!r}", parameters[name]
+        if name == "pairs":
+            wrong = next((pair for pair in given if len(pair) != 2), None)
+            if wrong is not None:
+                raise InputError(f"{where} holds {wrong}; expected [source, target]")
+            given = [model for pair in given for model in pair]
+        for model in [given] if isinstance(given, str) else given:
+            if model not in parameters["models"]:
+                message = unknown(
+                    "model", model, parameters["models"], "add it to the run's models"
+                )
+                raise InputError(f"{where}: {message}")
 
 
 # ----------------------------------------------------------------------------------- content keys

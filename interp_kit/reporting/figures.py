@@ -94,7 +94,7 @@ def scatter(
 
     ``diagonal`` draws the line y = x.
     """
-    far = (table[x].rank(pct=True) - 0.5).abs() + (table[y].rank(pct=True) - 0.5).abs()
+    far = ((table[[x, y]] - table[[x, y]].mean()) / table[[x, y]].std()).abs().max(axis=1)
     written = set(far.nlargest(5).index)
     names = [escape(str(name)) for name in table[label]]
     figure = go.Figure(
@@ -156,7 +156,7 @@ def heatmap(
     grid = table.pivot(index=y, columns=x, values="value")
     grid = grid.loc[list(dict.fromkeys(table[y])), list(dict.fromkeys(table[x]))]
     bound = float(grid.abs().max().max() if grid.size else 0) or 1.0
-    labels = list(map(str, grid.columns)) if x_labels is None else [escape(v) for v in x_labels]
+    labels = [escape(str(v)) for v in (grid.columns if x_labels is None else x_labels)]
     ticks = list(range(len(labels)))
     figure = go.Figure(
         go.Heatmap(
