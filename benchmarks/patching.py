@@ -3,8 +3,9 @@
 The same activation-patching sweep (every head's z and every MLP, from a counterfactual prompt) by
 TransformerLens' own ``transformer_lens.patching``, by a naive loop of one ``run_with_hooks`` a
 patch, and by ``interp_kit.analyses.patching``. Positions: "decision", the last one; "all" at once;
-"each", a grid of component x position from the first in which the prompts differ. TransformerLens
-gets the same patches, though its default grid would add those before, which cannot change anything.
+"each", a grid of component x position. TransformerLens' grid has every position; the sweep and the
+naive loop leave out those before the prompts differ, where nothing can change: compare ``naive_s``
+for the same patches.
 
 Times are wall seconds of one thread in float32, recording included. A forward pass is the median of
 5; a sweep the median of 3 after a warm-up, or a single one if it takes over 10 s. The loops cost a
@@ -269,12 +270,14 @@ def measure(case: Case) -> dict[str, Any]:
         "engine_s": engine,
         "forwards": engine / forward,
     }
+    first = int(sample.pos.min()) if case.positions == "each" else 0
+    whole = {"naive": patches, "tl": patches * row["tokens"] // (row["tokens"] - first)}
     alike = (sample["head"] < 0).to_numpy() | (case.model != ACROSS)
     for name, loop in {"tl": transformer_lens_loop, "naive": naive_loop}.items():
         source_tokens = torch.tensor([case.source_tokens], device=case.source.cfg.device)
         (_, cache), recording = timed(partial(case.source.run_with_cache, source_tokens))
         values, looping = timed(partial(loop, case, cache, sample))
-        row[f"{name}_s"] = recording + looping * patches / run
+        row[f"{name}_s"] = recording + looping * whole[name] / run
         row[f"{name}_ratio"] = row[f"{name}_s"] / engine
         row["effect"] = float(np.abs(values - sample.baseline)[alike].max())
         row[f"{name}_difference"] = float(np.abs(values - sample.value)[alike].max())
@@ -397,9 +400,10 @@ def machine() -> dict[str, Any]:
 def tidy(sweeps: pd.DataFrame) -> pd.DataFrame:
     """The sweeps as people read them; * marks what is scaled up from ``run`` patches."""
     shown = sweeps.round({"forward_s": 4, "engine_s": 3, "forwards": 2, "peak_mib": 1})
-    mark = np.where(sweeps.run < sweeps.patches, "*", " ")
+    sampled, grid = sweeps.run < sweeps.patches, sweeps.positions == "each"
     for column in ("tl_s", "naive_s", "tl_ratio", "naive_ratio"):
-        shown[column] = sweeps[column].map("{:.1f}".format) + mark
+        scaled = sampled | (grid if column.startswith("tl") else False)
+        shown[column] = sweeps[column].map("{:.1f}".format) + np.where(scaled, "*", " ")
     for column in ("effect", "tl_difference", "naive_difference"):
         shown[column] = sweeps[column].map("{:.1e}".format)
     return shown.drop(columns="layers")

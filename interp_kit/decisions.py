@@ -336,7 +336,8 @@ def _segment(
 def _positions_of(bridge: Tokenizing, part: str, text: str) -> tuple[int, ...]:
     """Positions, BOS counted, of the tokens that overlap with ``part`` in ``text``."""
     offsets = bridge.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    first = text.index(part)
+    if (first := text.find(part)) < 0:
+        raise InputError(f"segment {part!r} does not occur in {text!r}; give words of the prompt")
     last = first + len(part)
     added = len(_ids(bridge, text)) - len(offsets["input_ids"])  # a BOS
     return tuple(

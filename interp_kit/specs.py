@@ -91,8 +91,8 @@ class PromptSpec(_Spec):
             for part, text in zip(parts, (self.text, self.counterfactual)):
                 if text is not None and text.count(part) != 1:
                     raise ValueError(
-                        f"segment {name!r}: {part!r} occurs {text.count(part)} times in "
-                        f"{text!r}; expected once: give more or fewer words of it"
+                        f"segment {name!r}: {part!r} occurs {text.count(part)} times in the "
+                        "prompt or its counterfactual; expected once: give more of its words"
                     )
         return self
 

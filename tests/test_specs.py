@@ -9,6 +9,7 @@ import yaml
 from interp_kit.formats import read_ipd_prompts
 from interp_kit.specs import (
     InputError,
+    PromptSpec,
     find_model,
     find_scenario,
     list_models,
@@ -81,6 +82,22 @@ def test_a_wrong_type_is_named_with_what_came(tmp_path):
 )
 def test_prompts_must_be_distinct(tmp_path, prompts, expected):
     assert expected in message(find_scenario, write(tmp_path, SCENARIO | {"prompts": prompts}))
+
+
+@pytest.mark.parametrize(
+    ("segment", "expected"),
+    [
+        ("nowhere", "occurs 0 times"),
+        ("a", "occurs 3 times"),
+        (["one two", "one two", "three"], "expected its text, or two"),
+        (["one two", "no"], "occurs 0 times"),
+    ],
+)
+def test_a_segment_is_words_that_occur_once(segment, expected):
+    given = {"id": "v", "text": "a one two a a", "counterfactual": "a one two a a"}
+    with pytest.raises(ValueError, match=expected):
+        PromptSpec(**given, segments={"part": segment})
+    assert PromptSpec(**given, segments={"part": "one two"}).segments
 
 
 def test_equal_answers_are_refused(tmp_path):
