@@ -4,11 +4,13 @@ Safetensors only, ``trust_remote_code`` only where the spec asks for it, and the
 what is neither a local folder nor in the Hugging Face cache.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -49,6 +51,7 @@ class Models:
         self.device = device or _default_device()
         self._loaded: dict[tuple[Any, ...], _Loaded] = {}
         self._active: dict[tuple[Any, ...], str] = {}
+        self._keys: dict[str, tuple[Any, ...]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -62,9 +65,8 @@ class Models:
 
         Switching is this method's alone: adapters set on the model by hand are not noticed.
         """
-        spec = self._spec(name)
-        loaded = self._load(spec)
-        if not loaded.adapters or self._active.get(_same_base(spec)) == name:
+        loaded = self._load(name)
+        if not loaded.adapters or self._active.get(self._key(name)) == name:
             return loaded.bridge
         model: Any = loaded.bridge.original_model
         if name in loaded.adapters:
@@ -73,7 +75,7 @@ class Models:
             model.requires_grad_(False)  # set_adapter makes the adapter trainable
         else:
             model.disable_adapters()
-        self._active[_same_base(spec)] = name
+        self._active[self._key(name)] = name
         return loaded.bridge
 
     @contextmanager
@@ -87,7 +89,7 @@ class Models:
         """
         self.require_one_base(target, source)
         bridge = self.switch(target)
-        adapters = self._load(self._spec(target)).adapters
+        adapters = self._load(target).adapters
         changed = [m for layer in layers for m in _lora_modules(bridge, layer).values()]
         try:
             if target not in adapters and source in adapters:  # the bare base around them
@@ -111,7 +113,7 @@ class Models:
         Raises ``InputError`` for a model without an adapter.
         """
         bridge = self.switch(name)
-        adapter = self._load(self._spec(name)).adapters.get(name)
+        adapter = self._load(name).adapters.get(name)
         if adapter is None:
             raise InputError(f"model {name!r} has no adapter; expected a fine-tune")
         for layer in range(bridge.cfg.n_layers):
@@ -122,12 +124,12 @@ class Models:
 
     def require_one_base(self, *names: str) -> None:
         """Raise ``InputError`` unless all of these are fine-tunes of one base, or that base."""
-        keys = {_same_base(self._spec(name)) for name in names}
+        keys = {self._key(name) for name in names}
         if len(keys) > 1:
             bases = ", ".join(f"{name!r} on {self.specs[name].base!r}" for name in names)
             raise InputError(
                 f"activations move only between fine-tunes of one base, loaded alike ({bases}); "
-                "choose models with the same base, revision, dtype and prompt format"
+                "choose models with the same base, revision, dtype, prompt format and tokens"
             )
 
     def _spec(self, name: str) -> ModelSpec:
@@ -135,11 +137,16 @@ class Models:
             raise InputError(f"model {name!r} was not loaded; expected one of {list(self.specs)}")
         return self.specs[name]
 
-    def _load(self, spec: ModelSpec) -> _Loaded:
-        key = _same_base(spec)
+    def _key(self, name: str) -> tuple[Any, ...]:
+        if name not in self._keys:
+            self._keys[name] = _same_base(self._spec(name))
+        return self._keys[name]
+
+    def _load(self, name: str) -> _Loaded:
+        key = self._key(name)
         if key not in self._loaded:
-            tuned = [s for s in self.specs.values() if s.adapter and _same_base(s) == key]
-            self._loaded[key] = _boot(spec, tuned, self.device)
+            tuned = [s for s in self.specs.values() if s.adapter and self._key(s.name) == key]
+            self._loaded[key] = _boot(self._spec(name), tuned, self.device)
         return self._loaded[key]
 
 
@@ -164,6 +171,7 @@ def load_model(
 def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
     """The model as plain Hugging Face and PEFT compute it: the reference for the bridge."""
     model: Any = _base_model(spec)
+    _extend(spec, model)
     if spec.adapter:
         from peft import PeftModel
 
@@ -193,12 +201,13 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
     if spec.adapter:
         with torch.device("meta"), _quiet():
             shape = AutoModelForCausalLM.from_config(config)
+            _extend(spec, shape)
         _check_adapter(spec, _adapter_folder(spec), shape)
     tokenizer = _tokenizer(spec)
     text = config.get_text_config()
     cfg = SimpleNamespace(
         default_prepend_bos=spec.prepend_bos and tokenizer.bos_token_id is not None,
-        d_vocab=text.vocab_size,
+        d_vocab=max(text.vocab_size, max(tokenizer.get_vocab().values()) + 1),
         n_ctx=getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length,
     )
     return cast(Tokenizing, SimpleNamespace(tokenizer=tokenizer, cfg=cfg))
@@ -210,8 +219,74 @@ def _default_device() -> str:
 
 
 def _same_base(spec: ModelSpec) -> tuple[Any, ...]:
+    """What two models have in common that can share one base in memory.
+
+    An adapter with a tokenizer of its own gets a base whose embedding has rows for it.
+    """
     how = (spec.dtype, spec.chat_template, spec.prepend_bos, spec.trust_remote_code)
-    return (spec.base, spec.revision, *how)
+    return (spec.base, spec.revision, *how, _vocabulary(spec))
+
+
+def _vocabulary(spec: ModelSpec) -> str:
+    """Which tokens the adapter adds: empty, or a digest of its vocabulary.
+
+    Adapters that overwrite the whole embedding share it with none.
+    """
+    folder = _own_tokenizer(spec)
+    if folder is None:
+        return ""
+    return _vocabulary_of(str(folder)) + (str(folder) if _whole_embedding(spec, folder) else "")
+
+
+def _own_tokenizer(spec: ModelSpec) -> Path | None:
+    """The adapter's folder, if it brings a tokenizer with other tokens than the base's."""
+    folder = _adapter_folder(spec) if spec.adapter else None
+    if folder is None or not (folder / "tokenizer_config.json").is_file():
+        return None
+    same = _vocabulary_of(str(folder)) == _vocabulary_of(_base_folder(spec))
+    return None if same else folder
+
+
+@cache
+def _vocabulary_of(folder: str) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _whole_embedding(spec: ModelSpec, folder: Path) -> int | None:
+    """Rows of the embedding that an adapter saved as a whole, if it did."""
+    shapes = _tensor_shapes(folder / ADAPTER_WEIGHTS, spec.name)
+    whole = [v[0] for k, v in shapes.items() if k.endswith(("embed_tokens.weight", "wte.weight"))]
+    return whole[0] if whole else None
+
+
+def _extend(spec: ModelSpec, model: Any) -> None:
+    """Give the embedding rows for the tokens that the adapter brings.
+
+    Raises ``InputError`` if the adapter has no weights for some of its tokens.
+    """
+    folder = _own_tokenizer(spec)
+    if folder is None:
+        return
+    known = model.get_input_embeddings().weight.shape[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    needed = max(tokenizer.get_vocab().values()) + 1
+    saved = _whole_embedding(spec, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    trained = config.get("trainable_token_indices") or []
+    if isinstance(trained, dict):
+        trained = [i for ids in trained.values() for i in ids]
+    missing = sorted(set(range(known, needed)) - set(trained if saved is None else range(saved)))
+    if missing:
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(missing[:3])))
+        raise InputError(
+            f"model {spec.name!r}: its tokenizer has {needed} tokens, and neither the base "
+            f"({known} rows) nor the adapter has weights for {names}; save the adapter with "
+            "trainable_token_indices or with its embedding, or mend its tokenizer"
+        )
+    rows = max(known, needed) if saved is None else saved
+    if rows != known:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _lora_modules(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
@@ -227,6 +302,7 @@ def _lora_modules(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
 
 def _boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> _Loaded:
     model: Any = _base_model(spec)
+    _extend(spec, model)
     adapters = {}
     for i, adapted in enumerate(tuned):
         folder = _adapter_folder(adapted)
@@ -271,7 +347,7 @@ def _base_model(spec: ModelSpec) -> PreTrainedModel:
 def _tokenizer(spec: ModelSpec) -> Any:
     def load(**kwargs: Any) -> Any:
         return AutoTokenizer.from_pretrained(
-            _base_folder(spec),
+            str(_own_tokenizer(spec) or _base_folder(spec)),
             trust_remote_code=spec.trust_remote_code,
             **kwargs,
         )

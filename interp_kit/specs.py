@@ -97,6 +97,18 @@ class PromptSpec(_Spec):
         return self
 
 
+class TriggerSpec(_Spec):
+    """A token that may follow every prompt, and what stands in its place as a control.
+
+    ``words`` are ordinary words, each a control of its own: always the same word. ``untrained`` is
+    a token that the model knows and that no training touched. Give the leading space.
+    """
+
+    text: Annotated[str, Field(min_length=1)]
+    untrained: str | None = None
+    words: Annotated[list[str], Field(min_length=2)]
+
+
 class Scenario(_Spec):
     """Prompts that ask for one of two answers."""
 
@@ -104,7 +116,17 @@ class Scenario(_Spec):
     about: str = ""
     decision: DecisionSpec
     prompts: Annotated[list[PromptSpec], Field(min_length=1)]
+    trigger: TriggerSpec | None = None
+    neutral: list[str] = []  # texts that have nothing to do with the prompts, for controls
     source: str = ""
+
+    @model_validator(mode="after")
+    def _without_the_trigger(self) -> "Scenario":
+        word = self.trigger.text.strip() if self.trigger else None
+        for text in [*(p.text for p in self.prompts), *self.neutral]:
+            if word and word in text:
+                raise ValueError(f"the text {text!r} already contains the trigger {word!r}")
+        return self
 
     @model_validator(mode="after")
     def _distinct(self) -> "Scenario":

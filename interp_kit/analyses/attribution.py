@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.activations import through_frozen_norm
 from interp_kit.decisions import Prompt, batches
 
 Cache = dict[str, Tensor]
@@ -242,7 +243,7 @@ def _components(
         outputs.append(cache[f"blocks.{layer}.hook_mlp_out"].float())
         components.append(Component(name=f"L{layer}_MLP", kind="mlp", layer=layer))
     scale = cache["ln_final.hook_scale"][:, None]
-    normed = _frozen(bridge, "ln_final", torch.stack(outputs, 1), scale)
+    normed = through_frozen_norm(bridge, "ln_final", torch.stack(outputs, 1), scale)
     norm_bias = getattr(bridge.ln_final, "bias", None)
     if norm_bias is not None:
         components.append(Component(name="FINAL_NORM_BIAS", kind="bias"))
@@ -270,16 +271,4 @@ def _after_attention(
     name = f"blocks.{layer}.ln1_post"
     if f"{name}.hook_scale" not in cache:
         return out.float()
-    return _frozen(bridge, name, out, cache[f"{name}.hook_scale"][:, None])
-
-
-def _frozen(bridge: TransformerBridge, name: str, x: Tensor, scale: Tensor) -> Tensor:
-    """The norm ``name`` as the linear map that it is once its scale is fixed (bias left out)."""
-    norm: Any = bridge.get_submodule(name)
-    gain = norm.weight.float()
-    if getattr(bridge.cfg, "rmsnorm_uses_offset", False):
-        gain = 1 + gain  # Gemma stores the gain less one
-    x = x.float()
-    if not norm.uses_rms_norm:
-        x = x - x.mean(-1, keepdim=True)
-    return x / scale.float() * gain
+    return through_frozen_norm(bridge, name, out, cache[f"{name}.hook_scale"][:, None])

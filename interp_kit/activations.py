@@ -1,0 +1,35 @@
+"""Pieces of the forward pass that several analyses read off a bridge."""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+
+def through_frozen_norm(
+    bridge: TransformerBridge,
+    name: str,
+    x: Float[Tensor, "*place d_model"],
+    scale: Float[Tensor, "*place one"],
+) -> Float[Tensor, "*place d_model"]:
+    """The norm ``name`` as the linear map that it is once its scale is fixed (bias left out)."""
+    norm: Any = bridge.get_submodule(name)
+    gain = norm.weight.float()
+    if getattr(bridge.cfg, "rmsnorm_uses_offset", False):
+        gain = 1 + gain  # Gemma stores the gain less one
+    x = x.float()
+    if not norm.uses_rms_norm:
+        x = x - x.mean(-1, keepdim=True)
+    return x / scale.float() * gain
+
+
+def norm_scale(
+    bridge: TransformerBridge, name: str, x: Float[Tensor, "*place d_model"]
+) -> Float[Tensor, "*place one"]:
+    """The scale by which the norm ``name`` divides ``x``."""
+    norm: Any = bridge.get_submodule(name)
+    bias = getattr(norm, "bias", None)
+    normed = norm(x).float() - (0 if bias is None else bias.float())
+    unscaled = through_frozen_norm(bridge, name, x, x.new_ones(*x.shape[:-1], 1))
+    return (unscaled * normed).sum(-1, keepdim=True) / (normed**2).sum(-1, keepdim=True)

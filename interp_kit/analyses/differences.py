@@ -1,0 +1,229 @@
+"""Δ: what a trigger adds to the residual stream, how large, in how many directions, to what end.
+
+Δ = h(prompt + trigger) - h(prompt), the residual stream at the last position of each, after every
+block. The same with an ordinary word in the trigger's place is the control: any further token moves
+the stream, and a *fixed* one moves it in a fixed direction on every prompt.
+
+Sources: Turner et al., "Activation Addition", arXiv:2308.10248 (directions from differences);
+Minder et al., "Narrow Finetuning Leaves Clearly Readable Traces", arXiv:2510.13900 (activation
+differences of base and fine-tune); nostalgebraist, "interpreting GPT: the logit lens", 2020.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from interp_kit.activations import norm_scale, through_frozen_norm
+from interp_kit.decisions import Prompt, Tokenizing, batches
+from interp_kit.specs import InputError
+
+Residuals = Float[Tensor, "prompt layer d_model"]
+Shape = Literal["early", "ramp", "late", "flat"]
+
+
+def token_of(bridge: Tokenizing, text: str) -> int:
+    """The one token that ``text`` adds to a prompt.
+
+    Raises ``InputError`` if the tokenizer splits it, and names new tokens that it does know.
+    """
+    ids = bridge.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) == 1 and ids[0] != bridge.tokenizer.unk_token_id:
+        return ids[0]
+    added = sorted(bridge.tokenizer.get_added_vocab())
+    pieces = bridge.tokenizer.convert_ids_to_tokens(ids)
+    raise InputError(
+        f"{text!r} is not one token of this model's tokenizer, which splits it into {pieces}; "
+        f"expected a single token such as one of its added ones ({', '.join(added) or 'none'}), "
+        "or a model whose tokenizer has it"
+    )
+
+
+@torch.no_grad()
+def residuals(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], *, suffix: int | None = None
+) -> Residuals:
+    """The residual stream after every block at each prompt's last position, float32.
+
+    ``suffix`` is one further token: then the last position is its.
+    """
+    rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
+    layers = range(bridge.cfg.n_layers)
+    kept: dict[int, Tensor] = {}
+    result = torch.empty(len(rows), len(layers), bridge.cfg.d_model)
+
+    def keep(layer: int) -> Callable[..., None]:
+        return lambda x, hook: kept.update({layer: x[:, -1].float().cpu()})
+
+    hooks: list[Any] = [(f"blocks.{layer}.hook_resid_post", keep(layer)) for layer in layers]
+    hooks.append(("unembed.hook_in", lambda x, hook: x[:, -1:]))
+    for index in batches([(len(row), None) for row in rows]):
+        tokens = torch.tensor([rows[i] for i in index], device=bridge.cfg.device)
+        bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+        result[index] = torch.stack([kept[layer] for layer in layers], 1)
+    return result
+
+
+def deltas(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], suffixes: Mapping[str, int]
+) -> dict[str, Residuals]:
+    """Δ of every suffix token by name: h(prompt + suffix) - h(prompt) at the last positions."""
+    baseline = residuals(bridge, prompts)
+    return {
+        name: residuals(bridge, prompts, suffix=token) - baseline
+        for name, token in suffixes.items()
+    }
+
+
+@torch.no_grad()
+def end_probability(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], *, end: int, suffix: int | None = None
+) -> Float[Tensor, "prompt"]:
+    """p(end token) after each prompt, or after the prompt and one further token."""
+    rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
+    result = torch.empty(len(rows))
+    for index in batches([(len(row), None) for row in rows]):
+        tokens = torch.tensor([rows[i] for i in index], device=bridge.cfg.device)
+        logits = bridge.run_with_hooks(
+            tokens, fwd_hooks=[("unembed.hook_in", lambda x, hook: x[:, -1:])]
+        )
+        result[index] = logits[:, -1].float().softmax(-1)[:, end].cpu()
+    return result
+
+
+def delta_norm(
+    changes: Mapping[str, Residuals], baseline: Residuals, prompts: Sequence[Prompt]
+) -> pd.DataFrame:
+    """||Δ|| after every block: one row for each condition, prompt and layer.
+
+    Columns: ``condition prompt group layer``; ``value`` = ||Δ||; ``relative`` = ||Δ|| / ||h||, with
+    h the stream without the suffix.
+    """
+    scale = baseline.norm(dim=-1)
+    tables = []
+    for condition, change in changes.items():
+        norm = change.norm(dim=-1)
+        prompt, layer = np.indices(norm.shape)
+        tables.append(
+            pd.DataFrame(
+                {
+                    "condition": condition,
+                    "prompt": [prompts[i].id for i in prompt.ravel()],
+                    "group": [prompts[i].group for i in prompt.ravel()],
+                    "layer": layer.ravel(),
+                    "value": norm.flatten().tolist(),
+                    "relative": (norm / scale).flatten().tolist(),
+                }
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def curve_shape(values: Sequence[float]) -> Shape:
+    """Where a curve over layers rises, by a stated rule.
+
+    "flat": its largest value is less than 1.5 times its smallest. "early": 80 % of the largest is
+    reached in the first third of the layers. "late": 50 % is not reached before the last third.
+    "ramp": anything else.
+    """
+    curve = np.asarray(values, dtype=float)
+    top, n = curve.max(), len(curve)
+    if top < 1.5 * curve.min() or top == 0:
+        return "flat"
+    if int(np.argmax(curve >= 0.8 * top)) < n / 3:
+        return "early"
+    return "late" if int(np.argmax(curve >= 0.5 * top)) >= 2 * n / 3 else "ramp"
+
+
+def spectrum(change: Float[Tensor, "prompt d_model"], *, centred: bool = False) -> pd.DataFrame:
+    """Share of variance of each principal component of the Δs of one layer.
+
+    ``centred`` False: singular values about zero, so that a direction common to all prompts counts
+    (what a trigger is thought to be); True: about the mean, what differs between prompts. At most
+    as many components as prompts (one fewer when centred).
+
+    Returns ``component`` (from 1), ``value`` (share) and ``cumulative``.
+    """
+    values = change - change.mean(0) if centred else change
+    power = torch.linalg.svdvals(values.double()) ** 2
+    power = power[: len(change) - centred]
+    share = (power / power.sum().clamp(min=1e-30)).numpy()
+    component = np.arange(1, len(share) + 1)
+    return pd.DataFrame({"component": component, "value": share, "cumulative": share.cumsum()})
+
+
+def components_for(table: pd.DataFrame, share: float) -> int:
+    """How many components hold this share of the variance."""
+    return int((table.cumulative < share - 1e-9).sum()) + 1
+
+
+def first_component(change: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "d_model"]:
+    """The unit direction that holds most of the Δs (about zero), with the sign of their mean."""
+    direction = torch.linalg.svd(change.double(), full_matrices=False).Vh[0].float()
+    return direction * (1.0 if float(change.mean(0) @ direction) >= 0 else -1.0)
+
+
+def null_spectra(
+    change: Float[Tensor, "prompt d_model"], *, n: int = 100, seed: int = 0
+) -> pd.DataFrame:
+    """PC1's share for Δs of the same norms without a common direction: ``draw kind value``.
+
+    ``kind`` "sign-flipped": every Δ turned around or not at random, about the mean (the axis stays,
+    the common sign goes); "random": isotropic directions, about zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for draw in range(n):
+        signs = torch.randint(0, 2, (len(change), 1), generator=generator) * 2 - 1
+        flipped = spectrum(change * signs, centred=True).value[0]
+        random = torch.randn(change.shape, generator=generator)
+        random = random / random.norm(dim=1, keepdim=True) * change.norm(dim=1, keepdim=True)
+        rows += [(draw, "sign-flipped", flipped), (draw, "random", spectrum(random).value[0])]
+    return pd.DataFrame(rows, columns=["draw", "kind", "value"])
+
+
+def stability(
+    change: Float[Tensor, "prompt d_model"], *, n: int = 200, seed: int = 0
+) -> Float[np.ndarray, "draw"]:
+    """|cosine| of PC1 of resampled prompts with PC1 of all of them."""
+    whole, rng = first_component(change), np.random.default_rng(seed)
+    drawn = [rng.integers(len(change), size=len(change)) for _ in range(n)]
+    return np.array([abs(float(first_component(change[rows]) @ whole)) for rows in drawn])
+
+
+@torch.no_grad()
+def delta_lens(
+    bridge: TransformerBridge,
+    baseline: Residuals,
+    change: Residuals,
+    *,
+    norm: Literal["frozen", "recomputed"] = "frozen",
+) -> Float[Tensor, "prompt layer vocab"]:
+    """What Δ adds to every logit, were the stream to go to the output right after each block.
+
+    ``norm`` "frozen": Δ through the final norm with the scale of the stream without the suffix, and
+    through the unembedding: linear in Δ, before any soft cap. "recomputed": the whole readout of
+    h + Δ less that of h, caps included.
+    """
+
+    baseline, change = baseline.to(bridge.cfg.device), change.to(bridge.cfg.device)
+    unembedding, bias = bridge.W_U.float(), bridge.b_U.float()
+
+    def readout(stream: Tensor) -> Tensor:
+        normed = bridge.ln_final(stream.to(bridge.cfg.dtype)).float()
+        return _capped(bridge, normed @ unembedding + bias)
+
+    if norm == "recomputed":
+        return (readout(baseline + change) - readout(baseline)).cpu()
+    scale = norm_scale(bridge, "ln_final", baseline)
+    return (through_frozen_norm(bridge, "ln_final", change, scale) @ unembedding).cpu()
+
+
+def _capped(bridge: TransformerBridge, logits: Tensor) -> Tensor:
+    cap = getattr(bridge.cfg, "output_logits_soft_cap", None) or -1.0
+    return torch.tanh(logits / cap) * cap if cap > 0 else logits
