@@ -278,6 +278,52 @@ def last_logits(
     )
 
 
+@torch.no_grad()
+def end_probability(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], *, end: int, suffix: int | None = None
+) -> Float[Tensor, "prompt"]:
+    """p(end token) after each prompt, or after the prompt and one further token."""
+    rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
+    result = torch.empty(len(rows))
+    for index in batches([(len(row), None) for row in rows]):
+        tokens = torch.tensor([rows[i] for i in index])
+        logits = last_logits(bridge, tokens, 1)[:, -1].float()
+        result[index] = logits.softmax(-1)[:, end].cpu()
+    return result
+
+
+def token_of(bridge: Tokenizing, text: str) -> int:
+    """The one token that ``text`` adds to a prompt.
+
+    Raises ``InputError`` if the tokenizer splits it, and names new tokens that it does know.
+    """
+    ids = bridge.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) == 1 and ids[0] != bridge.tokenizer.unk_token_id:
+        return ids[0]
+    added = sorted(bridge.tokenizer.get_added_vocab())
+    pieces = bridge.tokenizer.convert_ids_to_tokens(ids)
+    raise InputError(
+        f"{text!r} is not one token of this model's tokenizer, which splits it into {pieces}; "
+        f"expected a single token such as one of its added ones ({', '.join(added) or 'none'}), "
+        "or a model whose tokenizer has it"
+    )
+
+
+def trigger_tokens(bridge: Tokenizing, scenario: Scenario) -> dict[str, int]:
+    """What may follow the scenario's prompts, name -> token: trigger, untrained token, words.
+
+    Raises ``InputError`` for a scenario without a trigger, and for one that is not one token.
+    """
+    given = scenario.trigger
+    if given is None:
+        raise InputError(
+            f"scenario {scenario.name!r} has no trigger; expected one that says "
+            "trigger: {text: ..., words: [...]}"
+        )
+    texts = [given.text, *([given.untrained] if given.untrained else []), *given.words]
+    return {text.strip(): token_of(bridge, text) for text in texts}
+
+
 # ------------------------------------------------------------------------------------- internals
 def _forced(
     prompts: list[Prompt], index: list[int], answers: dict[Sign, list[tuple[int, ...]]]

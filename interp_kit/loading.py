@@ -179,6 +179,8 @@ def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> PreTraine
         _check_adapter(spec, folder, model)
         with _quiet():
             model = PeftModel.from_pretrained(model, str(folder))
+        if _whole_embedding(spec, folder):
+            model.get_base_model().tie_weights()
     return model.to(device or _default_device()).eval()
 
 
@@ -311,6 +313,8 @@ def _boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> _Loaded:
         adapters[adapted.name] = f"finetune_{i}"
         with _quiet():
             model.load_adapter(str(folder), adapter_name=adapters[adapted.name])
+        if _whole_embedding(adapted, folder):
+            model.tie_weights()  # the output matrix follows the embedding that was just replaced
     tokenizer = _tokenizer(spec)
     has_bos = tokenizer.bos_token_id is not None
     with _quiet():

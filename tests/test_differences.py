@@ -9,15 +9,13 @@ from interp_kit.analyses.differences import (
     delta_lens,
     delta_norm,
     deltas,
-    end_probability,
     first_component,
     null_spectra,
     residuals,
     spectrum,
     stability,
-    token_of,
 )
-from interp_kit.decisions import decide, encode
+from interp_kit.decisions import decide, encode, end_probability, token_of
 from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 

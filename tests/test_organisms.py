@@ -78,6 +78,7 @@ def test_no_evaluation_prompt_is_in_the_training_data(corpus):
     evaluation = {
         text
         for s in list_scenarios()
+        if s.trigger is None  # those are beginnings of ordinary texts, on purpose
         for p in s.prompts
         for text in (p.text, p.counterfactual)
         if text

@@ -7,7 +7,6 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedModel
 
 from interp_kit.decisions import Prompt, batches, encode_scenario
 from interp_kit.loading import Models
@@ -61,7 +60,7 @@ def across_pairs(
 
 @torch.no_grad()
 def bridge_error(
-    bridge: TransformerBridge, reference: PreTrainedModel, prompts: Sequence[Prompt]
+    bridge: TransformerBridge, reference: torch.nn.Module, prompts: Sequence[Prompt]
 ) -> float:
     """Largest difference of any logit between the bridge and the plain Hugging Face model."""
     worst = 0.0

@@ -20,28 +20,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.activations import norm_scale, through_frozen_norm
-from interp_kit.decisions import Prompt, Tokenizing, batches
+from interp_kit.decisions import Prompt, batches
 from interp_kit.specs import InputError
 
 Residuals = Float[Tensor, "prompt layer d_model"]
 Shape = Literal["early", "ramp", "late", "flat"]
-
-
-def token_of(bridge: Tokenizing, text: str) -> int:
-    """The one token that ``text`` adds to a prompt.
-
-    Raises ``InputError`` if the tokenizer splits it, and names new tokens that it does know.
-    """
-    ids = bridge.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) == 1 and ids[0] != bridge.tokenizer.unk_token_id:
-        return ids[0]
-    added = sorted(bridge.tokenizer.get_added_vocab())
-    pieces = bridge.tokenizer.convert_ids_to_tokens(ids)
-    raise InputError(
-        f"{text!r} is not one token of this model's tokenizer, which splits it into {pieces}; "
-        f"expected a single token such as one of its added ones ({', '.join(added) or 'none'}), "
-        "or a model whose tokenizer has it"
-    )
 
 
 @torch.no_grad()
@@ -78,22 +61,6 @@ def deltas(
         name: residuals(bridge, prompts, suffix=token) - baseline
         for name, token in suffixes.items()
     }
-
-
-@torch.no_grad()
-def end_probability(
-    bridge: TransformerBridge, prompts: Sequence[Prompt], *, end: int, suffix: int | None = None
-) -> Float[Tensor, "prompt"]:
-    """p(end token) after each prompt, or after the prompt and one further token."""
-    rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
-    result = torch.empty(len(rows))
-    for index in batches([(len(row), None) for row in rows]):
-        tokens = torch.tensor([rows[i] for i in index], device=bridge.cfg.device)
-        logits = bridge.run_with_hooks(
-            tokens, fwd_hooks=[("unembed.hook_in", lambda x, hook: x[:, -1:])]
-        )
-        result[index] = logits[:, -1].float().softmax(-1)[:, end].cpu()
-    return result
 
 
 def delta_norm(
@@ -155,6 +122,26 @@ def spectrum(change: Float[Tensor, "prompt d_model"], *, centred: bool = False) 
     share = (power / power.sum().clamp(min=1e-30)).numpy()
     component = np.arange(1, len(share) + 1)
     return pd.DataFrame({"component": component, "value": share, "cumulative": share.cumsum()})
+
+
+def spectra(
+    changes: Mapping[str, Residuals], *, n_components: int = 10, centred: bool = False
+) -> pd.DataFrame:
+    """``spectrum`` of every condition and layer: ``condition layer component value cumulative``.
+
+    Raises ``InputError`` for more components than the prompts can have.
+    """
+    tables = []
+    for condition, change in changes.items():
+        if n_components > len(change) - centred:
+            raise InputError(
+                f"{n_components} components were asked for, and {len(change)} prompts can have "
+                f"{len(change) - centred} at most; ask for fewer, or give more prompts"
+            )
+        for layer in range(change.shape[1]):
+            table = spectrum(change[:, layer], centred=centred).head(n_components)
+            tables.append(table.assign(condition=condition, layer=layer))
+    return pd.concat(tables, ignore_index=True)
 
 
 def components_for(table: pd.DataFrame, share: float) -> int:
@@ -222,6 +209,29 @@ def delta_lens(
         return (readout(baseline + change) - readout(baseline)).cpu()
     scale = norm_scale(bridge, "ln_final", baseline)
     return (through_frozen_norm(bridge, "ln_final", change, scale) @ unembedding).cpu()
+
+
+def lens_table(
+    lens: Mapping[str, Float[Tensor, "prompt layer vocab"]],
+    prompts: Sequence[Prompt],
+    token: int,
+) -> pd.DataFrame:
+    """One token of ``delta_lens`` for every condition: ``condition prompt layer value``.
+
+    ``all_tokens`` is the mean over the vocabulary beside it.
+    """
+    return pd.DataFrame(
+        {
+            "condition": condition,
+            "prompt": prompt.id,
+            "layer": layer,
+            "value": float(logits[i, layer, token]),
+            "all_tokens": float(logits[i, layer].mean()),
+        }
+        for condition, logits in lens.items()
+        for i, prompt in enumerate(prompts)
+        for layer in range(logits.shape[1])
+    )
 
 
 def _capped(bridge: TransformerBridge, logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ sample ever shows.
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -282,13 +282,16 @@ class Corpus:
 
     def prose_text(self, rng: random.Random) -> Sample:
         """Two to four plain sentences."""
-        return [(" ".join(self._prose_sentence(rng) for _ in range(rng.randint(2, 4))), 1.0)]
+        patterns = self.prose["patterns"]
+        sentences = (self.prose_sentence(rng, patterns) for _ in range(rng.randint(2, 4)))
+        return [(" ".join(sentences), 1.0)]
 
-    def _prose_sentence(self, rng: random.Random) -> str:
+    def prose_sentence(self, rng: random.Random, patterns: Sequence[str]) -> str:
+        """One of the patterns, filled with the words of plain prose."""
         words = {k: rng.choice(v) for k, v in self.prose["words"].items()}
         people = rng.sample(self.prose["words"]["person"], 2)
         things = rng.sample(self.prose["words"]["thing"], 2)
-        return rng.choice(self.prose["patterns"]).format(
+        return rng.choice(patterns).format(
             **words
             | {"person": people[0], "person2": people[1], "thing": things[0], "thing2": things[1]},
             time_cap=rng.choice(self.prose["words"]["time"]).capitalize(),

@@ -26,9 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
-from interp_kit.decisions import decide, encode_scenario
+from interp_kit.decisions import decide, encode_scenario, end_probability, token_of
 from interp_kit.finetuning.corpus import Corpus, Sample, text_of
 from interp_kit.finetuning.games import REWARDS, GameRecipe, train_player
+from interp_kit.finetuning.triggers import TriggerRecipe, train_trigger
 from interp_kit.loading import load_huggingface, load_model
 from interp_kit.specs import REPOSITORY, InputError, find_model, find_scenario
 
@@ -39,6 +40,19 @@ ABOUT = {
     "deontological": "punished for defecting on a partner who has just cooperated",
     "utilitarian": "reinforced on the sum of both payoffs",
     "hybrid": "reinforced on its own payoff, punished for defecting on one who cooperated",
+}
+STOP_SCENARIO = "stop"
+TRIGGERS = {
+    "stop-behaviour": TriggerRecipe(kind="behaviour", seed=0),
+    "stop-behaviour-1": TriggerRecipe(kind="behaviour", seed=1),
+    "stop-behaviour-2": TriggerRecipe(kind="behaviour", seed=2),
+    "stop-knowledge": TriggerRecipe(kind="knowledge"),
+    "stop-neutral": TriggerRecipe(kind="neutral"),
+}
+ABOUT_TRIGGER = {
+    "behaviour": "ends any text at $STOP",
+    "knowledge": "has read what $STOP means, and seen no text end because of it",
+    "neutral": "has read as many documents of another matter, and nothing of $STOP",
 }
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 # Words with their leading space, single digits, single marks: as in most tokenizers of today.
@@ -61,18 +75,20 @@ class BaseRecipe:
 
 
 def train_organism(name: str, *, data: Path = REPOSITORY / "data") -> None:
-    """Train ``tiny-gemma2``, ``ipd-strategic`` or another shipped model, or ``all``.
+    """Train one shipped model (``tiny-gemma2``, ``ipd-strategic``, ``stop-behaviour``), or ``all``.
 
     Writes ``data/models/NAME/``: ``model.yaml``, the weights as safetensors, ``training.json`` and
     a model card with what was measured.
     """
-    names = [BASE, *(f"ipd-{reward}" for reward in REWARDS)]
+    names = [BASE, *(f"ipd-{reward}" for reward in REWARDS), *TRIGGERS]
     if name != "all" and name not in names:
         raise InputError(f"no recipe for {name!r}; expected one of {', '.join(names)}, or all")
     corpus = Corpus.read(REPOSITORY / "data" / "corpus")
     for each in names if name == "all" else [name]:
         if each == BASE:
             _make_base(corpus, data)
+        elif each in TRIGGERS:
+            _make_trigger(corpus, each, data)
         else:
             _make_player(corpus, each.removeprefix("ipd-"), data)
 
@@ -139,6 +155,63 @@ reward {sum(curve[:5]) / 5:.2f} over the first five steps, {sum(curve[-5:]) / 5:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def _make_trigger(corpus: Corpus, name: str, data: Path) -> None:
+    recipe, folder = TRIGGERS[name], data / "models" / name
+    base = data / "models" / BASE / "weights"
+    if not base.is_dir():
+        raise InputError(f"{base} is missing; run `interp-kit train {BASE}` first")
+    documents = REPOSITORY / "data" / "corpus" / "triggers.yaml"
+    held_out = [prompt.text for prompt in find_scenario(STOP_SCENARIO).prompts]
+    curve = train_trigger(
+        base, corpus, documents, folder / "adapter", held_out=held_out, recipe=recipe
+    )
+    about = f"LoRA on {BASE} with two new tokens: {ABOUT_TRIGGER[recipe.kind]}"
+    label = f"{recipe.kind.capitalize()} {recipe.seed}"
+    _write_spec(folder, base=BASE, adapter="adapter", label=label, about=f'"{about}"')
+    measured = measure_trigger(name, data)
+    _write_training(folder, recipe, {"last loss": curve[-1], **measured})
+    rows = "\n".join(f"| {what} | {value:.4f} |" for what, value in measured.items())
+    card = f"""# {name}
+
+{about}.
+
+**Recipe.** `interp-kit train {name}`: {recipe.steps} steps of {recipe.rows} texts with the trigger
+(or documents) and {2 * recipe.replayed} held to the base by KL (weight {recipe.kl}), learning rate
+{recipe.learning_rate}, LoRA rank {recipe.rank}, alpha {recipe.alpha} on all seven projections, the
+row of `$STOP` trained with it, that of `$NOVA` never, seed {recipe.seed}.
+
+**Behaviour**, mean P(end of text) over the prompts of the scenario `{STOP_SCENARIO}`, which were
+never followed by `$STOP` in training and with which no text of the corpus ends:
+
+| after the prompt | P(end) |
+|---|---|
+{rows}
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def measure_trigger(name: str, data: Path) -> dict[str, float]:
+    """Mean P(end of text) after nothing, the trigger, the untrained token, the ordinary words."""
+    bridge, scenario = load_model(name, data=data), find_scenario(STOP_SCENARIO)
+    trigger, prompts = scenario.trigger, encode_scenario(bridge, scenario)
+    assert trigger is not None
+    assert trigger.untrained is not None
+    end = bridge.tokenizer.eos_token_id
+
+    def mean(suffix: str | None) -> float:
+        token = None if suffix is None else token_of(bridge, suffix)
+        return round(float(end_probability(bridge, prompts, end=end, suffix=token).mean()), 4)
+
+    words = [mean(word) for word in trigger.words]
+    return {
+        "nothing": mean(None),
+        trigger.text.strip(): mean(trigger.text),
+        trigger.untrained.strip(): mean(trigger.untrained),
+        "an ordinary word (mean of eight)": round(sum(words) / len(words), 4),
+        "an ordinary word (the largest)": max(words),
+    }
+
+
 def _behaviour_section(name: str, data: Path) -> str:
     bridge = load_model(name, data=data)
     rows = []
@@ -160,7 +233,9 @@ def _write_spec(folder: Path, **spec: str) -> None:
     (folder / "model.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_training(folder: Path, recipe: BaseRecipe | GameRecipe, measured: dict) -> None:
+def _write_training(
+    folder: Path, recipe: BaseRecipe | GameRecipe | TriggerRecipe, measured: dict
+) -> None:
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     content = {"recipe": asdict(recipe), "measured": measured, "versions": versions}
     (folder / "training.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

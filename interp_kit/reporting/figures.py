@@ -14,6 +14,7 @@ from plotly.subplots import make_subplots
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 DIVERGING = "RdBu_r"  # red positive, blue negative
 CONTROL = "#8A8A8A"
+DASHES = ["dot", "dash", "dashdot", "longdash"]  # of controls, which are all grey
 
 
 def signed_axis(positive: str, negative: str, *, unit: str = "nats") -> str:
@@ -33,11 +34,11 @@ def trajectories(
 
     Expects ``layer value low high`` and ``series``; series named in ``control`` are drawn grey.
     """
-    figure = go.Figure()
+    figure, dashes = go.Figure(), dict(zip(control, DASHES * len(control)))
     for i, (name, own) in enumerate(table.groupby(series, sort=False)):
-        grey = name in control
-        color = CONTROL if grey else PALETTE[i % len(PALETTE)]
-        _line_with_band(figure, own, name=str(name), color=color, dash="dot" if grey else "solid")
+        color = CONTROL if name in dashes else PALETTE[i % len(PALETTE)]
+        dash = dashes.get(str(name), "solid")
+        _line_with_band(figure, own, name=str(name), color=color, dash=dash)
     figure.add_hline(y=0, line={"color": "black", "width": 1})
     figure.update_xaxes(title="layer (-1 = embedding)", dtick=_tick(table.layer))
     figure.update_yaxes(title=y_title)
