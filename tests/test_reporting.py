@@ -157,9 +157,12 @@ def test_an_empty_folder_name_writes_nothing(tmp_path, monkeypatch):
 
 def test_the_gallery_shows_failures_first_and_escapes(tmp_path):
     cells = []
+    nothing = {"value": None, "unit": "nats", "control": None, "p": None}  # NaN, as JSON has it
+    summary = {"noise_floor": 0.0, "values": {"x": nothing}, "answers": {"q?": "<i>yes</i>"}}
     for name, state in (("good", "ok"), ("bad", "error")):
         place = tmp_path / "nb" / name / "s"
         place.mkdir(parents=True)
+        (place / "summary.json").write_text(json.dumps(summary))
         (place / "status.json").write_text(json.dumps({"traceback": "<img src=x>"}))
         cells.append(
             {
@@ -173,4 +176,5 @@ def test_the_gallery_shows_failures_first_and_escapes(tmp_path):
     assert "<script>" not in text
     page = (tmp_path / "nb" / "bad" / "s" / "index.html").read_text()
     assert "&lt;img src=x&gt;" in page
+    assert "q?: &lt;i&gt;yes&lt;/i&gt;" in page
     assert "http" not in text  # offline

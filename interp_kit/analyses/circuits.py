@@ -8,6 +8,8 @@ faithfulness = recovered fraction with the circuit moved;
 completeness = 1 - recovered fraction with everything *but* the circuit moved;
 minimality = the smallest recovered fraction that is lost by leaving out one component.
 
+A circuit of your own: ``[find_component(bridge, name) for name in ("L7H6", "L7_MLP")]``.
+
 Sources: Wang et al., "Interpretability in the Wild", arXiv:2211.00593 (the three criteria); Conmy
 et al., "Towards Automated Circuit Discovery", arXiv:2304.14997; Shi et al., "Hypothesis Testing the
 Circuit Hypothesis in LLMs", arXiv:2410.13032 (random circuits as the null).

@@ -97,6 +97,10 @@ def _write_page(folder: Path, cell: Mapping[str, Any]) -> None:
             sentence(name, {k: _number(k, v) for k, v in entry.items()}, noise_floor=floor)
             for name, entry in summary["values"].items()
         ]
+        answers = [
+            f"{question}: {answer}" for question, answer in summary.get("answers", {}).items()
+        ]
+        parts += [f"<p><b>{escape(answer)}</b></p>" for answer in answers]
         parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
         parts.append(f"<p>Numerical noise floor: {floor:.1e}</p>")
     for i, file in enumerate(sorted((place / "figures").glob("*.json"))):
@@ -112,7 +116,8 @@ def _write_page(folder: Path, cell: Mapping[str, Any]) -> None:
 
 
 def _number(name: str, value: Any) -> Any:
-    return float("nan") if value is None and name in ("value", "low", "high") else value
+    numbers = ("value", "low", "high", "control", "p")
+    return float("nan") if value is None and name in numbers else value
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -73,12 +73,14 @@ def record(
     figures: Mapping[str, go.Figure],
     noise_floor: float,
     tables: Mapping[str, pd.DataFrame] | None = None,
+    answers: Mapping[str, str] | None = None,
     **about: Any,
 ) -> None:
     """Write ``table.parquet``, ``table.csv``, ``summary.json`` and ``figures/*.json``.
 
-    ``tables`` are further tables, written as ``NAME.csv``; ``about`` goes into the summary (model,
-    scenario, seed). An empty ``folder`` (working interactively) writes nothing.
+    ``tables`` are further tables, written as ``NAME.csv``; ``answers`` (question -> answer) head
+    the report's page; ``about`` goes into the summary (model, scenario, seed). An empty ``folder``
+    (working interactively) writes nothing.
     """
     if not str(folder):
         return
@@ -93,6 +95,7 @@ def record(
         "about": about,
         "noise_floor": noise_floor,
         "values": summary,
+        "answers": dict(answers or {}),
         "versions": {name: version(name) for name in PACKAGES},
     }
     write_atomically(folder / "summary.json", dump_json(content))
