@@ -176,5 +176,5 @@ def test_the_gallery_shows_failures_first_and_escapes(tmp_path):
     assert "<script>" not in text
     page = (tmp_path / "nb" / "bad" / "s" / "index.html").read_text()
     assert "&lt;img src=x&gt;" in page
-    assert "q?: &lt;i&gt;yes&lt;/i&gt;" in page
+    assert "q? &lt;i&gt;yes&lt;/i&gt;" in page
     assert "http" not in text  # offline

@@ -98,7 +98,8 @@ def _write_page(folder: Path, cell: Mapping[str, Any]) -> None:
             for name, entry in summary["values"].items()
         ]
         answers = [
-            f"{question}: {answer}" for question, answer in summary.get("answers", {}).items()
+            f"{question}{' ' if question.endswith('?') else ': '}{answer}"
+            for question, answer in summary.get("answers", {}).items()
         ]
         parts += [f"<p><b>{escape(answer)}</b></p>" for answer in answers]
         parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
