@@ -2,9 +2,31 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+
+
+@torch.no_grad()
+def residual_stream(
+    bridge: TransformerBridge, tokens: Tensor, read: int
+) -> Float[Tensor, "layer prompt read d_model"]:
+    """The embedding and ``resid_post`` of every block, at the last ``read`` positions."""
+    names = ["blocks.0.hook_resid_pre"]
+    names += [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
+    kept: dict[str, Tensor] = {}
+    bridge.run_with_hooks(
+        tokens.to(bridge.cfg.device),
+        fwd_hooks=[
+            *(
+                (name, lambda x, hook, name=name: kept.update({name: x[:, -read:]}))
+                for name in names
+            ),
+            ("unembed.hook_in", lambda x, hook: x[:, -1:]),
+        ],
+    )
+    return torch.stack([kept[name] for name in names])
 
 
 def through_frozen_norm(

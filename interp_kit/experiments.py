@@ -28,7 +28,7 @@ from interp_kit.sweeps import (
     Source,
     Sweep,
     check_memory,
-    head_outputs,
+    head_projections,
     record,
 )
 
@@ -38,6 +38,7 @@ Unit = Literal[
 ]
 Positions = Literal["all", "each", "decision", "segments"]
 Replacement = Literal["zero", "mean"]
+SAME = 0.01  # nats: target and source are alike, there is nothing to carry over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +164,13 @@ def cross_model_experiment(
         check_memory(bridge, length=len(sequence.tokens))
         theirs.append(record(bridge, sequence.tokens, places, read=sequence.read))
         tail = _tail(prompt, sequence, positions)
-        written.append(head_outputs(bridge, theirs[-1].activations, tail))
+        written.append(head_projections(bridge, theirs[-1].activations, tail))
     bridge = models.switch(target)
     readings = []
     for sequence, recording, own in zip(sequences, theirs, written):
         ours = record(bridge, sequence.tokens, places, read=sequence.read)
         tail = _tail(prompt, sequence, positions)
-        here = head_outputs(bridge, recording.activations, tail)
+        here = head_projections(bridge, recording.activations, tail)
         shift = {layer: own[layer] - here[layer] for layer in own}
         shift = {layer: value for layer, value in shift.items() if bool(value.any())}
         moved = Source(values=recording.activations, head_shift=shift)

@@ -169,7 +169,7 @@ def record(
 
 
 @torch.no_grad()
-def head_outputs(
+def head_projections(
     bridge: TransformerBridge, activations: Mapping[Place, Tensor], positions: Sequence[int]
 ) -> dict[int, Float[Tensor, "pos head d_model"]]:
     """What each head writes, layer -> [pos head d_model], by the bridge's own output projection.
@@ -457,7 +457,9 @@ class Sweep:
 def rows_at_once(bridge: TransformerBridge, *, suffix: int) -> int:
     """How many rows of ``suffix`` tokens one pass holds."""
     by_memory = CHUNK_BYTES // (suffix * _token_bytes(bridge, suffix))
-    return max(1, min(CHUNK_TOKENS[_device(bridge).type] // suffix, by_memory))
+    return max(
+        1, min(CHUNK_TOKENS.get(_device(bridge).type, CHUNK_TOKENS["cpu"]) // suffix, by_memory)
+    )
 
 
 def check_memory(bridge: TransformerBridge, *, length: int) -> None:

@@ -22,10 +22,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from interp_kit.experiments import Experiment
+from interp_kit.experiments import SAME, Experiment
 from interp_kit.sweeps import NOTHING, Patch, Row
-
-SAME = 0.01  # nats: target and source decide alike, there is nothing to explain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ Minder et al., "Narrow Finetuning Leaves Clearly Readable Traces", arXiv:2510.13
 differences of base and fine-tune); nostalgebraist, "interpreting GPT: the logit lens", 2020.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.activations import norm_scale, through_frozen_norm
+from interp_kit.activations import norm_scale, residual_stream, through_frozen_norm
 from interp_kit.decisions import Prompt, batches
 from interp_kit.specs import InputError
 
@@ -36,19 +36,10 @@ def residuals(
     ``suffix`` is one further token: then the last position is its.
     """
     rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
-    layers = range(bridge.cfg.n_layers)
-    kept: dict[int, Tensor] = {}
-    result = torch.empty(len(rows), len(layers), bridge.cfg.d_model)
-
-    def keep(layer: int) -> Callable[..., None]:
-        return lambda x, hook: kept.update({layer: x[:, -1].float().cpu()})
-
-    hooks: list[Any] = [(f"blocks.{layer}.hook_resid_post", keep(layer)) for layer in layers]
-    hooks.append(("unembed.hook_in", lambda x, hook: x[:, -1:]))
+    result = torch.empty(len(rows), bridge.cfg.n_layers, bridge.cfg.d_model)
     for index in batches([(len(row), None) for row in rows]):
-        tokens = torch.tensor([rows[i] for i in index], device=bridge.cfg.device)
-        bridge.run_with_hooks(tokens, fwd_hooks=hooks)
-        result[index] = torch.stack([kept[layer] for layer in layers], 1)
+        stream = residual_stream(bridge, torch.tensor([rows[i] for i in index]), 1)[1:, :, 0]
+        result[index] = stream.movedim(0, 1).float().cpu()
     return result
 
 

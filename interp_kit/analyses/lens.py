@@ -11,11 +11,10 @@ from typing import cast
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_readout
 
+from interp_kit.activations import residual_stream
 from interp_kit.decisions import Prompt, Sign, teacher_forced
 
 EMBEDDING = -1  # the "layer" before block 0
@@ -133,24 +132,3 @@ def trajectory_statistics(trajectories: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-@torch.no_grad()
-def residual_stream(
-    bridge: TransformerBridge, tokens: Tensor, read: int
-) -> Float[Tensor, "layer prompt read d_model"]:
-    """The embedding and ``resid_post`` of every block, at the last ``read`` positions."""
-    names = ["blocks.0.hook_resid_pre"]
-    names += [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
-    kept: dict[str, Tensor] = {}
-    bridge.run_with_hooks(
-        tokens.to(bridge.cfg.device),
-        fwd_hooks=[
-            *(
-                (name, lambda x, hook, name=name: kept.update({name: x[:, -read:]}))
-                for name in names
-            ),
-            ("unembed.hook_in", lambda x, hook: x[:, -1:]),
-        ],
-    )
-    return torch.stack([kept[name] for name in names])

@@ -27,6 +27,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.decisions import Prompt
 from interp_kit.experiments import (
+    SAME,
     Experiment,
     Metric,
     Positions,
@@ -43,7 +44,6 @@ from interp_kit.specs import InputError
 from interp_kit.sweeps import Patch, Place, gradients, record
 
 Direction = Literal["denoise", "noise"]
-SAME = 0.01  # nats: target and source decide alike, there is nothing to recover
 
 
 def activation_patching(
