@@ -1,11 +1,16 @@
 """Pieces of the forward pass that several analyses read off a bridge."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+
+from interp_kit.decisions import Prompt, batches
+
+Residuals = Float[Tensor, "prompt layer d_model"]
 
 
 @torch.no_grad()
@@ -27,6 +32,22 @@ def residual_stream(
         ],
     )
     return torch.stack([kept[name] for name in names])
+
+
+@torch.no_grad()
+def residuals(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], *, suffix: int | None = None
+) -> Residuals:
+    """The residual stream after every block at each prompt's last position, float32.
+
+    ``suffix`` is one further token: then the last position is its.
+    """
+    rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
+    result = torch.empty(len(rows), bridge.cfg.n_layers, bridge.cfg.d_model)
+    for index in batches([(len(row), None) for row in rows]):
+        stream = residual_stream(bridge, torch.tensor([rows[i] for i in index]), 1)[1:, :, 0]
+        result[index] = stream.movedim(0, 1).float().cpu()
+    return result
 
 
 def through_frozen_norm(

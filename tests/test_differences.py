@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from interp_kit.activations import residuals
 from interp_kit.analyses.differences import (
     components_for,
     curve_shape,
@@ -11,7 +12,6 @@ from interp_kit.analyses.differences import (
     deltas,
     first_component,
     null_spectra,
-    residuals,
     spectrum,
     stability,
 )
