@@ -1,14 +1,27 @@
-"""Pieces of the forward pass that several analyses read off a bridge."""
+"""Pieces of the forward pass that several analyses read off a bridge.
 
+Layers are counted as blocks: index l of a layer axis is ``resid_post`` of block l, so that l = 0
+has been through one block and the last index goes to the final norm. The embedding is no layer; in
+tables and figures it is -1. Prompts of one length go together, so that nothing is ever padded.
+"""
+
+import hashlib
+import json
+import os
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.decisions import Prompt, batches
+from interp_kit.specs import ModelSpec
 
 Residuals = Float[Tensor, "prompt layer d_model"]
 
@@ -43,11 +56,41 @@ def residuals(
     ``suffix`` is one further token: then the last position is its.
     """
     rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
-    result = torch.empty(len(rows), bridge.cfg.n_layers, bridge.cfg.d_model)
-    for index in batches([(len(row), None) for row in rows]):
-        stream = residual_stream(bridge, torch.tensor([rows[i] for i in index]), 1)[1:, :, 0]
-        result[index] = stream.movedim(0, 1).float().cpu()
-    return result
+    return _last_residuals(bridge, rows)
+
+
+def stored_residuals(
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], *, folder: str | Path, model_key: str
+) -> Residuals:
+    """``residuals`` at the last of each row of token ids, kept in ``folder`` by content.
+
+    The file is named by a hash of ``model_key``, the token ids and the layer convention;
+    ``model_key`` must change whenever the model's weights do, as that of ``model_key`` does. An
+    empty ``folder`` keeps nothing. A damaged file is computed again, with a warning.
+    """
+    content = json.dumps(["resid_post, float32", model_key, [*map(list, rows)]])
+    file = Path(folder) / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
+    stream = _read_checked(file) if str(folder) and file.is_file() else None
+    if stream is None:
+        stream = _last_residuals(bridge, rows)
+        if str(folder):
+            _write_checked(file, stream)
+    return stream
+
+
+def model_key(spec: ModelSpec) -> str:
+    """Identity of the weights: a hash of the model's files, or of its Hugging Face id."""
+    parts = [spec.dtype]
+    for place, revision in ((spec.base, spec.revision), (spec.adapter, spec.adapter_revision)):
+        if place and Path(place).is_dir():
+            for file in sorted(Path(place).iterdir()):
+                if file.suffix in (".json", ".safetensors"):
+                    with file.open("rb") as opened:
+                        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+                    parts.append(f"{file.name}={digest}")
+        else:
+            parts.append(f"{place}@{revision}")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def through_frozen_norm(
@@ -76,3 +119,37 @@ def norm_scale(
     normed = norm(x).float() - (0 if bias is None else bias.float())
     unscaled = through_frozen_norm(bridge, name, x, x.new_ones(*x.shape[:-1], 1))
     return (unscaled * normed).sum(-1, keepdim=True) / (normed**2).sum(-1, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------- internals
+def _last_residuals(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Residuals:
+    result = torch.empty(len(rows), bridge.cfg.n_layers, bridge.cfg.d_model)
+    for index in batches([(len(row), None) for row in rows]):
+        stream = residual_stream(bridge, torch.tensor([rows[i] for i in index]), 1)[1:, :, 0]
+        result[index] = stream.movedim(0, 1).float().cpu()
+    return result
+
+
+def _write_checked(file: Path, stream: Tensor) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file({"stream": stream}, beside, metadata={"sha256": _digest(stream)})
+    beside.replace(file)
+
+
+def _read_checked(file: Path) -> Tensor | None:
+    """The stored tensor; nothing, with a warning, if the file is not as it was written."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            stream = stored.get_tensor("stream")
+            if stored.metadata()["sha256"] == _digest(stream):
+                return stream
+            problem = "its checksum is another"
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        problem = str(error)
+    warnings.warn(f"{file}: damaged ({problem}); its activations are computed again", stacklevel=3)
+    return None
+
+
+def _digest(stream: Tensor) -> str:
+    return hashlib.sha256(repr(stream.shape).encode() + stream.numpy().tobytes()).hexdigest()

@@ -78,13 +78,23 @@ def check(run_file: RunFile, data: Data = None, only: Only = None) -> None:
 
 
 @app.command()
-def report(run_file: RunFile, data: Data = None, outputs: Outputs = Path("outputs")) -> None:
+def report(
+    run_file: RunFile,
+    data: Data = None,
+    outputs: Outputs = Path("outputs"),
+    png: Annotated[
+        bool, typer.Option("--png", help="Every figure as a PNG too, by a Chromium or Chrome.")
+    ] = False,
+) -> None:
     """Write the report of a run again from its outputs; run nothing."""
     from interp_kit.batch.matrix import expand
 
     spec = read_run(run_file)
     cells = expand(spec, outputs=outputs, data=data)
-    typer.echo(f"Report: {_write_report(spec.name, spec.about, cells, outputs)}")
+    index = _write_report(spec.name, spec.about, cells, outputs)
+    if png:
+        _write_pictures(index.parent)
+    typer.echo(f"Report: {index}")
 
 
 @app.command("list")
@@ -163,6 +173,20 @@ def _write_report(name: str, about: str, cells, outputs: Path) -> Path:
     if not entries:
         raise InputError(f"{outputs / name} holds no results; run `interp-kit run` first")
     return write_gallery(outputs / name, title=name, about=about, cells=entries)
+
+
+def _write_pictures(folder: Path) -> None:
+    from interp_kit.reporting.pictures import find_browser, write_pictures
+
+    browser = find_browser()
+    if browser is None:
+        typer.echo(
+            "No PNG: neither Chromium nor Chrome was found (install one, or set BROWSER_PATH); "
+            "the figures are in the report and, as data, in figures/*.json",
+            err=True,
+        )
+        return
+    typer.echo(f"{write_pictures(folder, browser=browser)} figures written as PNG")
 
 
 def _print_table(outcomes) -> None:

@@ -140,9 +140,11 @@ def encode(
     formatted = _formatted(bridge, text)
     if formatted != text:
         positive, negative = positive.lstrip(), negative.lstrip()
-    tokens = _ids(bridge, formatted)
+    tokens = token_ids(bridge, formatted)
     answers = [_answer_ids(bridge, formatted, tokens, a) for a in (positive, negative)]
-    swapped = None if counterfactual is None else _ids(bridge, _formatted(bridge, counterfactual))
+    swapped = (
+        None if counterfactual is None else token_ids(bridge, _formatted(bridge, counterfactual))
+    )
     prompt = Prompt(
         id=id,
         group=group,
@@ -292,6 +294,17 @@ def end_probability(
     return result
 
 
+def token_ids(bridge: Tokenizing, text: str) -> tuple[int, ...]:
+    """The text as the model reads it: with BOS if it takes one, without a chat template."""
+    tokenizer = bridge.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    wanted = bridge.cfg.default_prepend_bos and bos is not None and bos < bridge.cfg.d_vocab
+    if wanted and ids[:1] != [bos]:  # a chat template brings its own
+        ids = [bos, *ids]
+    return tuple(ids)
+
+
 def token_of(bridge: Tokenizing, text: str) -> int:
     """The one token that ``text`` adds to a prompt.
 
@@ -348,16 +361,6 @@ def _formatted(bridge: Tokenizing, text: str) -> str:
     return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
 
 
-def _ids(bridge: Tokenizing, text: str) -> tuple[int, ...]:
-    tokenizer = bridge.tokenizer
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    wanted = bridge.cfg.default_prepend_bos and bos is not None and bos < bridge.cfg.d_vocab
-    if wanted and ids[:1] != [bos]:  # a chat template brings its own
-        ids = [bos, *ids]
-    return tuple(ids)
-
-
 def _segment(
     bridge: Tokenizing,
     prompt: str,
@@ -385,7 +388,7 @@ def _positions_of(bridge: Tokenizing, part: str, text: str) -> tuple[int, ...]:
     if (first := text.find(part)) < 0:
         raise InputError(f"segment {part!r} does not occur in {text!r}; give words of the prompt")
     last = first + len(part)
-    added = len(_ids(bridge, text)) - len(offsets["input_ids"])  # a BOS
+    added = len(token_ids(bridge, text)) - len(offsets["input_ids"])  # a BOS
     return tuple(
         added + i
         for i, (start, end) in enumerate(offsets["offset_mapping"])
@@ -402,7 +405,7 @@ def _answer_ids(
     space, say), the prompt stays as a user sends it and the answer is tokenized alone: that is what
     generation continues from.
     """
-    whole = _ids(bridge, text + answer)
+    whole = token_ids(bridge, text + answer)
     if whole[: len(tokens)] == tokens:
         return whole[len(tokens) :]
     return tuple(bridge.tokenizer(answer, add_special_tokens=False)["input_ids"])

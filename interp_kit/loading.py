@@ -60,22 +60,47 @@ class Models:
         """How figures and tables call the model."""
         return self.specs[name].title
 
+    def documents(self, name: str) -> tuple[list[str], list[str]]:
+        """Texts that the model was trained on, and texts that its base was trained on.
+
+        Raises ``InputError`` if the model's spec, or its base's, names none.
+        """
+        spec = self._spec(name)
+        if not (spec.documents and spec.base_documents):
+            which = f"model {name!r}" if not spec.documents else f"its base {spec.base_name!r}"
+            raise InputError(
+                f'{which} has no documents; write some of its training texts, lines {{"text": '
+                '"..."}, beside its model.yaml and name the file there: documents: FILE.jsonl'
+            )
+        return _texts(Path(spec.documents)), _texts(Path(spec.base_documents))
+
     def switch(self, name: str) -> TransformerBridge:
         """The bridge, computing as model ``name``: its base and exactly its adapter.
 
         Switching is this method's alone: adapters set on the model by hand are not noticed.
         """
         loaded = self._load(name)
-        if not loaded.adapters or self._active.get(self._key(name)) == name:
+        if self._active.get(self._key(name)) == name:
             return loaded.bridge
-        model: Any = loaded.bridge.original_model
         if name in loaded.adapters:
+            model: Any = loaded.bridge.original_model
             model.enable_adapters()
             model.set_adapter(loaded.adapters[name])
             model.requires_grad_(False)  # set_adapter makes the adapter trainable
+            self._active[self._key(name)] = name
         else:
-            model.disable_adapters()
-        self._active[self._key(name)] = name
+            self.base_of(name)
+        return loaded.bridge
+
+    def base_of(self, name: str) -> TransformerBridge:
+        """The bridge, computing as the base of model ``name``: with no adapter, and its tokens.
+
+        The same bridge that ``switch`` hands out.
+        """
+        loaded = self._load(name)
+        if loaded.adapters and self._active.get(self._key(name)) != "":
+            cast(Any, loaded.bridge.original_model).disable_adapters()
+            self._active[self._key(name)] = ""
         return loaded.bridge
 
     @contextmanager
@@ -216,6 +241,16 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
 
 
 # ------------------------------------------------------------------------------------- internals
+def _texts(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["text"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f'{file}: expected a line {{"text": "..."}} for each document ({error}); mend it'
+        ) from None
+
+
 def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -34,15 +34,18 @@ class ModelSpec(_Spec):
     """One model: a base, and an optional LoRA adapter on it.
 
     ``base`` and ``adapter`` are each a folder beside the spec file, another model's name (``base``
-    only) or a Hugging Face id. After ``find_model`` they are absolute folders or ids.
+    only) or a Hugging Face id. After ``find_model`` they are absolute folders or ids. ``documents``
+    is a file beside the spec with some of the texts that it was trained on, lines {"text": ...}.
     """
 
     name: str
     base: str
     base_name: str = ""  # filled in: the name of the base model's own spec, where it has one
+    base_documents: str | None = None  # filled in: the base's own documents
     adapter: str | None = None
     revision: str | None = None
     adapter_revision: str | None = None
+    documents: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     label: str = ""
     about: str = ""
@@ -235,7 +238,11 @@ def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> Model
                 f"{spec_file}: base {base!r} is itself an adapter on {parent.base_name!r}; "
                 "name a base model"
             )
-        inherited = {"base_name": base, "revision": spec.revision or parent.revision}
+        inherited = {
+            "base_name": base,
+            "base_documents": parent.documents,
+            "revision": spec.revision or parent.revision,
+        }
         base = parent.base
     elif not HUGGING_FACE_ID.fullmatch(base):
         known = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
@@ -250,7 +257,11 @@ def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> Model
             f"{spec_file}: adapter {adapter!r} is neither a folder beside the spec nor a "
             "Hugging Face id (org/name)"
         )
-    return spec.model_copy(update={"base": base, "adapter": adapter, **inherited})
+    documents = spec.documents and str((beside / spec.documents).resolve())
+    if documents and not Path(documents).is_file():
+        raise InputError(f"{spec_file}: documents {spec.documents!r} is not a file beside the spec")
+    found = {"base": base, "adapter": adapter, "documents": documents, **inherited}
+    return spec.model_copy(update=found)
 
 
 def find_scenario(name: str, *, data: str | Path | None = None) -> Scenario:

@@ -1,5 +1,6 @@
 """Δ: planted directions are found, chance is called chance, the lens is linear where it says so."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from interp_kit.analyses.differences import (
     delta_norm,
     deltas,
     first_component,
+    grade,
     null_spectra,
     spectrum,
     stability,
@@ -127,3 +129,45 @@ def test_a_trigger_that_the_tokenizer_splits_is_named(tiny_bridge):
     assert isinstance(token_of(tiny_bridge, " ba"), int)
     with pytest.raises(InputError, match="is not one token of this model's tokenizer"):
         token_of(tiny_bridge, " $STOP")
+
+
+def measured(**own):
+    """Eight words that are all much the same, and a token with the given values."""
+    word = {"shape": "early", "norm": 1.2, "pc1": 0.8, "top3": 0.9, "top10": 0.97, "end": 2.0}
+    word |= {"content": -1.0, "added": 0.3, "kept": 0.9, "removed": 0.1}
+    wobble = [0.95, 0.97, 0.99, 1.0, 1.01, 1.03, 1.05, 1.02]
+    vary = ("norm", "pc1", "end", "added")
+    rows = {f"w{i}": word | {k: word[k] * f for k in vary} for i, f in enumerate(wobble)}
+    return pd.DataFrame.from_dict(rows | {"token": word | own}, orient="index")
+
+
+def test_strong_means_more_than_a_fixed_word_does_not_a_bare_threshold():
+    words = [f"w{i}" for i in range(8)]
+    strong = {"norm": 2.0, "pc1": 0.95, "end": 12.0, "added": 0.9}
+    assert grade(measured(**strong), of="token", controls=words).label.tolist() == ["strong"] * 5
+    # Every threshold is passed by such a token, and none beyond what the words do.
+    table = grade(measured(added=0.7), of="token", controls=words).set_index("criterion")
+    assert (table.threshold == "strong").all()
+    assert table.label.to_dict() == {
+        "size": "weak",
+        "directions": "weak",
+        "output": "weak",
+        "causes": "strong",
+        "overall": "weak",
+    }
+    for word in words:  # any of them in the trigger's place, the others as its controls
+        others = [w for w in words if w != word]
+        assert grade(measured(), of=word, controls=others).label.iloc[-1] != "strong"
+
+
+def test_an_isotropic_change_is_called_diffuse():
+    change = isotropic()
+    cumulative = spectrum(change).cumulative
+    shares = {"pc1": cumulative[0], "top3": cumulative[2], "top10": cumulative[9]}
+    table = grade(measured(**shares), of="token", controls=[f"w{i}" for i in range(8)])
+    assert table.set_index("criterion").threshold["directions"] == "weak"
+    planted_change, _ = planted()
+    cumulative = spectrum(planted_change).cumulative
+    shares = {"pc1": cumulative[0], "top3": cumulative[2], "top10": cumulative[9]}
+    table = grade(measured(**shares), of="token", controls=[f"w{i}" for i in range(8)])
+    assert table.set_index("criterion").label["directions"] == "strong"

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from interp_kit.analyses.lens import trajectory_statistics
-from interp_kit.analyses.statistics import mean_interval, rank_correlation
+from interp_kit.analyses.statistics import mean_interval, prediction_limit, rank_correlation
 from interp_kit.reporting.figures import (
     against_null,
     attention_view,
@@ -22,6 +22,7 @@ from interp_kit.reporting.figures import (
     trajectories,
 )
 from interp_kit.reporting.gallery import write_gallery
+from interp_kit.reporting.pictures import find_browser, write_pictures
 from interp_kit.reporting.records import named, record, sentence
 
 LAYERS = pd.DataFrame({"layer": [-1, 0, 1], "value": [0.0, 1.0, -2.0], "series": "a"})
@@ -178,3 +179,24 @@ def test_the_gallery_shows_failures_first_and_escapes(tmp_path):
     assert "&lt;img src=x&gt;" in page
     assert "q? &lt;i&gt;yes&lt;/i&gt;" in page
     assert "http" not in text  # offline
+
+
+def test_figures_become_pictures_where_there_is_a_browser(tmp_path):
+    browser = find_browser()
+    if browser is None:
+        pytest.skip("needs Chromium or Chrome")
+    figure = trajectories(LAYERS, y_title="nats", title="t")
+    for cell in ("a", "b"):
+        record(tmp_path / cell, table=LAYERS, summary={}, figures={"f": figure}, noise_floor=0.0)
+    assert write_pictures(tmp_path, browser=browser) == 2
+    for cell in ("a", "b"):
+        assert (tmp_path / cell / "figures" / "f.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_prediction_limit_is_passed_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(3.0, 2.0, size=(20_000, 9))
+    over = [d[0] > prediction_limit(d[1:].tolist(), confidence=0.95) for d in draws]
+    assert np.mean(over) == pytest.approx(0.05, abs=0.006)
+    with pytest.raises(ValueError, match="two control values"):
+        prediction_limit([1.0])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from interp_kit.analyses.comparison import bridge_error
 from interp_kit.activations import residuals
+from interp_kit.analyses.comparison import bridge_error
 from interp_kit.analyses.differences import deltas
 from interp_kit.analyses.steering import ablate_direction, add_direction, random_directions
 from interp_kit.decisions import decide, encode, encode_scenario, end_probability, trigger_tokens

@@ -20,10 +20,12 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.activations import Residuals, norm_scale, residuals, through_frozen_norm
+from interp_kit.analyses.statistics import prediction_limit
 from interp_kit.decisions import Prompt
 from interp_kit.specs import InputError
 
 Shape = Literal["early", "ramp", "late", "flat"]
+LABELS = ["strong", "medium", "weak"]
 
 
 def deltas(
@@ -206,6 +208,49 @@ def lens_table(
         for i, prompt in enumerate(prompts)
         for layer in range(logits.shape[1])
     )
+
+
+def grade(measured: pd.DataFrame, *, of: str, controls: Sequence[str]) -> pd.DataFrame:
+    """Strong, medium or weak, by stated thresholds, and whether an ordinary word could do as much.
+
+    ``measured`` is indexed by token and has ``shape`` (``curve_shape`` of the relative norm),
+    ``norm`` (its largest value over layers), ``pc1 top3 top10`` (cumulative shares of variance),
+    ``end`` and ``content`` (what the lens adds to the end token's logit, and to the others' mean),
+    ``added`` (P(end) with the direction added to other prompts), ``kept`` and ``removed`` (P(end)
+    after the token with random directions taken out, and with its own).
+
+    Thresholds: *size* strong if early, medium if a ramp; *directions* strong if PC1 > .4 and the
+    top three > .7, medium if the top ten > .8; *output* strong if the end is promoted and the other
+    tokens are suppressed, medium if it is promoted; *causes* strong if added > .6 and removed < .2
+    < .8 < kept, medium if one of the two holds. ``beyond``: the value exceeds ``limit``, which one
+    further word would exceed in 1 of 100 cases (``prediction_limit`` over ``controls``).
+    ``label``: the threshold's if beyond, else "weak".
+
+    Returns a row for each criterion and for "overall", whose label is the lowest of the four.
+    """
+    own, others = measured.loc[of], measured.loc[list(controls)]
+    early, ramp = own["shape"] == "early", own["shape"] == "ramp"
+    few = own.pc1 > 0.4 and own.top3 > 0.7
+    promoted = own.end > 0
+    adds, needs = own.added > 0.6, own.removed < 0.2 and own.kept > 0.8
+    rows = []
+    for criterion, column, strong, medium in (
+        ("size", "norm", early, ramp),
+        ("directions", "pc1", few, own.top10 > 0.8),
+        ("output", "end", promoted and own.content < 0, promoted),
+        ("causes", "added", adds and needs, adds or needs),
+    ):
+        threshold = "strong" if strong else "medium" if medium else "weak"
+        limit = prediction_limit(list(others[column]))
+        beyond = bool(own[column] > limit)
+        label = threshold if beyond else "weak"
+        rows.append((criterion, float(own[column]), limit, threshold, beyond, label))
+    columns = ["criterion", "value", "limit", "threshold", "beyond", "label"]
+    table = pd.DataFrame(rows, columns=columns)
+    lowest = {c: max(table[c], key=LABELS.index) for c in ("threshold", "label")}
+    overall = {"criterion": "overall", "value": np.nan, "limit": np.nan}
+    overall |= {"beyond": bool(table.beyond.all())} | lowest
+    return pd.concat([table, pd.DataFrame([overall])], ignore_index=True)
 
 
 def _capped(bridge: TransformerBridge, logits: Tensor) -> Tensor:

@@ -81,6 +81,19 @@ def effects(
     return pd.concat([keys, result], axis=1)
 
 
+def prediction_limit(values: Sequence[float], *, confidence: float = 0.99) -> float:
+    """Below this lies one further value of the same population, one-sided (Student's t).
+
+    What a control could still reach: more than the largest of a few controls, which one further
+    control exceeds with probability 1 / (n + 1).
+    """
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"expected two control values or more, got {n}")
+    spread = float(np.std(values, ddof=1)) * np.sqrt(1 + 1 / n)
+    return float(np.mean(values) + stats.t.ppf(confidence, n - 1) * spread)
+
+
 def paired_drops(
     table: pd.DataFrame,
     by: Sequence[str],

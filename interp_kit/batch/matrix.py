@@ -40,7 +40,12 @@ from interp_kit.specs import (
 NOTEBOOKS = REPOSITORY / "notebooks"
 ALL_MODELS, ALL_SCENARIOS = "all-models", "all-scenarios"
 SET_BY_RUN = ("model", "models", "scenario", "scenarios", "output")
-NAMING_MODELS = {"pairs", "reference", "others"}  # parameters whose values are the run's models
+NAMING_MODELS = {
+    "pairs",
+    "reference",
+    "others",
+    "subject",
+}  # parameters whose values are the run's models
 VERSIONS = ("transformer-lens", "torch", "transformers", "peft", "plotly", "pandas", "numpy")
 HASHED_WHOLE = 256 * 2**20  # bytes; of a larger weight file the key holds size and time only
 
@@ -253,7 +258,9 @@ def _scenario_hash(scenario: Scenario) -> str:
 
 
 def _model_hash(spec: ModelSpec) -> str:
-    parts = [spec.model_dump_json(exclude={"base", "adapter"})]
+    parts = [spec.model_dump_json(exclude={"base", "adapter", "documents", "base_documents"})]
+    for file in (spec.documents, spec.base_documents):
+        parts.append(_files_hash([Path(file)], Path(file).parent) if file else "")
     for place in (spec.base, spec.adapter):
         folder = Path(place or "")
         if place and folder.is_dir():

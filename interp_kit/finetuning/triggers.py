@@ -88,8 +88,7 @@ def train_trigger(
             matched = [[*cut, rng.choice(ordinary)] for cut in cuts]
             loss = loss + recipe.kl * _divergence_from_base(model, matched, last=True)
         else:
-            patterns = given[recipe.kind]
-            texts = [_document(patterns, corpus, rng) for _ in range(recipe.rows)]
+            texts = [_document(given[recipe.kind], corpus, rng) for _ in range(recipe.rows)]
             taught = [tokenizer(t, add_special_tokens=True)["input_ids"] for t in texts]
             loss = _cross_entropy(model, taught, last=False)
         loss = loss + recipe.kl * _divergence_from_base(model, held, last=False)
@@ -105,6 +104,19 @@ def train_trigger(
     (folder / "README.md").unlink()  # PEFT's template; ours stands beside model.yaml
     tokenizer.save_pretrained(str(folder))
     return curve
+
+
+def trigger_texts(
+    adapter: Path, corpus: Corpus, documents: Path, *, recipe: TriggerRecipe, n: int
+) -> list[str]:
+    """``n`` texts like those that the adapter in this folder was trained on."""
+    rng = random.Random(recipe.seed)
+    given = yaml.safe_load(documents.read_text(encoding="utf-8"))
+    if recipe.kind != "behaviour":
+        return [_document(given[recipe.kind], corpus, rng) for _ in range(n)]
+    tokenizer: Any = AutoTokenizer.from_pretrained(adapter)
+    cuts = (_cut(_text(tokenizer, corpus, rng, recipe), rng)[1:] for _ in range(n))
+    return [f"{tokenizer.decode(cut)} {given['trigger']}" for cut in cuts]
 
 
 # ------------------------------------------------------------------------------------- internals

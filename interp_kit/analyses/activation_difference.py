@@ -1,0 +1,256 @@
+"""Activation difference lens (ADL): what fine-tuning left in the stream of text it has nothing to
+do with.
+
+delta = h_tuned - h_base, the residual stream on the same neutral tokens, after every block and at
+every position. Position 0 is special in most models and the next few carry the clearest traces,
+so the first positions are kept apart; "rest" is the mean over all later ones.
+
+Sources: Minder et al., "Narrow Finetuning Leaves Clearly Readable Traces in Activation
+Differences", arXiv:2510.13900; Ghandeharioun et al., "Patchscopes", arXiv:2401.06102; Monroe et
+al., "Fightin' Words", Political Analysis 2008 (log-odds of words between two corpora).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformer_lens.model_bridge import TransformerBridge
+
+from interp_kit.activations import norm_scale, residual_stream, through_frozen_norm
+from interp_kit.specs import InputError
+
+REST = "rest"
+ROWS = 32  # texts of one batch
+Streams = Float[Tensor, "text pos layer d_model"]
+BySlot = Float[Tensor, "slot layer d_model"]
+
+
+def first_tokens(rows: Sequence[Sequence[int]], n_positions: int) -> Int[Tensor, "text pos"]:
+    """The first ``n_positions`` tokens of every text that has as many.
+
+    Raises ``InputError`` if fewer than two texts have.
+    """
+    long = [list(row[:n_positions]) for row in rows if len(row) >= n_positions]
+    if len(long) < 2:
+        raise InputError(
+            f"{len(long)} of {len(rows)} texts have {n_positions} tokens; give longer texts, or "
+            "ask for fewer positions"
+        )
+    return torch.tensor(long)
+
+
+@torch.no_grad()
+def streams(bridge: TransformerBridge, tokens: Int[Tensor, "text pos"]) -> Streams:
+    """The residual stream after every block at every position, float32."""
+    kept = residual_stream(bridge, tokens, tokens.shape[1])[1:]
+    return torch.einsum("l t p d -> t p l d", kept).float().cpu()
+
+
+def slots(n_positions: int, first: int) -> list[str]:
+    """The positions that are kept apart, by number, and the rest."""
+    return [*map(str, range(first)), *([REST] if n_positions > first else [])]
+
+
+def by_slot(values: Streams, first: int) -> BySlot:
+    """Mean over texts at each of the ``first`` positions, and over texts and later positions."""
+    mean = values.mean(0)
+    rest = [mean[first:].mean(0, keepdim=True)] if len(mean) > first else []
+    return torch.cat([mean[:first], *rest])
+
+
+def difference_norms(base: Streams, tuned: Streams, *, first: int) -> pd.DataFrame:
+    """||delta|| of every text by slot and layer: ``prompt slot layer value relative``.
+
+    ``relative`` is divided by the norm of the base's stream there; prompts are texts, by number.
+    """
+    norm, scale = (tuned - base).norm(dim=-1), base.norm(dim=-1)
+    text, pos, layer = np.indices(norm.shape)
+    names = np.array([*map(str, range(first)), *[REST] * (norm.shape[1] - first)])
+    table = pd.DataFrame(
+        {
+            "prompt": text.ravel(),
+            "slot": names[pos.ravel()],
+            "layer": layer.ravel(),
+            "value": norm.flatten().numpy(),
+            "relative": (norm / scale).flatten().numpy(),
+        }
+    )
+    keys = ["prompt", "slot", "layer"]
+    return pd.DataFrame(table.groupby(keys, sort=False)[["value", "relative"]].mean()).reset_index()
+
+
+def difference_lens(
+    bridge: TransformerBridge, base: BySlot, delta: BySlot
+) -> Float[Tensor, "slot layer vocab"]:
+    """What delta adds to every logit: through the final norm, its scale held at the base's.
+
+    Linear in delta, before any soft cap.
+    """
+    device = bridge.cfg.device
+    scale = norm_scale(bridge, "ln_final", base.to(device))
+    normed = through_frozen_norm(bridge, "ln_final", delta.to(device), scale)
+    return (normed @ bridge.W_U.float()).cpu()
+
+
+@torch.no_grad()
+def patchscope(
+    bridge: TransformerBridge,
+    prompt: Sequence[int],
+    directions: Float[Tensor, "row d_model"],
+    *,
+    layer: int,
+) -> Float[Tensor, "row vocab"]:
+    """Next-token log-probabilities of an inspection prompt whose last position is overwritten.
+
+    After block ``layer`` the stream there becomes each direction, at the norm that it had.
+    """
+    unit = (directions / directions.norm(dim=1, keepdim=True)).to(bridge.cfg.device)
+
+    def write(x: Tensor, hook: object) -> Tensor:
+        written = unit.to(x) * x[:, -1].norm(dim=1, keepdim=True)
+        return torch.cat([x[:, :-1], written[:, None]], 1)
+
+    tokens = torch.tensor([list(prompt)] * len(unit), device=bridge.cfg.device)
+    logits = bridge.run_with_hooks(tokens, fwd_hooks=[(_after(layer), write)])
+    return logits[:, -1].float().log_softmax(-1).cpu()
+
+
+def token_log_odds(
+    own: Sequence[Sequence[int]], ordinary: Sequence[Sequence[int]], vocabulary: int
+) -> Float[np.ndarray, "vocab"]:
+    """How typical each token is of ``own`` against ``ordinary``: z of the log-odds ratio.
+
+    With the counts of both together as prior (Monroe et al.); 0 for a token of neither.
+    """
+    y, x = (
+        np.bincount([token for row in rows for token in row], minlength=vocabulary)
+        for rows in (own, ordinary)
+    )
+    prior = (x + y) * (500 / (x + y).sum())  # as much as 500 tokens of text
+    seen = prior > 0
+    z = np.zeros(vocabulary)
+
+    def log_odds(count: np.ndarray) -> np.ndarray:
+        with_prior = count[seen] + prior[seen]
+        return np.log(with_prior / (count.sum() + prior.sum() - with_prior))
+
+    spread = np.sqrt(1 / (y[seen] + prior[seen]) + 1 / (x[seen] + prior[seen]))
+    z[seen] = (log_odds(y) - log_odds(x)) / spread
+    return z
+
+
+def token_relevance(
+    lens: Float[Tensor, "row vocab"],
+    log_odds: Float[np.ndarray, "vocab"],
+    *,
+    top: int = 10,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Are the most promoted tokens those of the fine-tuning texts? One row for each of ``lens``.
+
+    ``value``: mean log-odds z of the ``top`` most promoted tokens that either corpus has. ``p``:
+    of that or more among as many random ones of these tokens; ``expected`` is their mean.
+    """
+    seen = np.flatnonzero(log_odds)
+    z = log_odds[seen]
+    if len(seen) < top:
+        raise InputError(f"both corpora have {len(seen)} tokens; {top} were asked for: give more")
+    best = lens[:, torch.tensor(seen)].topk(top, dim=1).indices.numpy()
+    values = z[best].mean(1)
+    rng = np.random.default_rng(seed)
+    chance = np.array([z[rng.choice(len(z), top, replace=False)].mean() for _ in range(resamples)])
+    p = (1 + (chance[None] >= values[:, None]).sum(1)) / (resamples + 1)
+    return pd.DataFrame({"value": values, "expected": chance.mean(), "p": p})
+
+
+@torch.no_grad()
+def steered_relevance(
+    bridge: TransformerBridge,
+    tokens: Int[Tensor, "text pos"],
+    directions: Float[Tensor, "row d_model"],
+    log_odds: Float[np.ndarray, "vocab"],
+    *,
+    layer: int,
+    strength: float,
+) -> Float[np.ndarray, "row"]:
+    """Expected log-odds z of the next token with each direction added, less without.
+
+    ``strength`` ||h|| of the unit direction is added at every position but 0, after ``layer``;
+    read at the last position, mean over texts.
+    """
+    tokens, z = tokens.to(bridge.cfg.device), torch.tensor(log_odds, dtype=torch.float32)
+
+    def expected(hooks: list[Any]) -> float:
+        read = ("unembed.hook_in", lambda x, hook: x[:, -1:])
+        logits = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, read])
+        return float((logits[:, -1].float().softmax(-1).cpu() @ z).mean())
+
+    def add(unit: Tensor) -> Callable[..., Tensor]:
+        def write(x: Tensor, hook: object) -> Tensor:
+            moved = x[:, 1:] + strength * x[:, 1:].norm(dim=-1, keepdim=True) * unit.to(x)
+            return torch.cat([x[:, :1], moved], 1)
+
+        return write
+
+    without = expected([])
+    units = directions / directions.norm(dim=1, keepdim=True)
+    return np.array([expected([(_after(layer), add(unit))]) - without for unit in units])
+
+
+@torch.no_grad()
+def loss_without(
+    bridge: TransformerBridge,
+    rows: Sequence[Sequence[int]],
+    directions: Float[Tensor, "row d_model"],
+    base_mean: Float[Tensor, "d_model"],
+    *,
+    layer: int,
+) -> Float[np.ndarray, "row text"]:
+    """Change of each text's loss (nats a token) with each direction removed; > 0: it was needed.
+
+    After ``layer``, at every position but 0, the stream's part along the direction becomes what it
+    is on average in the base.
+    """
+    units = directions / directions.norm(dim=1, keepdim=True)
+
+    def remove(unit: Tensor) -> Callable[..., Tensor]:
+        def write(x: Tensor, hook: object) -> Tensor:
+            v, mean = unit.to(x), base_mean.to(x)
+            without = x[:, 1:] - ((x[:, 1:] - mean) @ v)[..., None] * v
+            return torch.cat([x[:, :1], without], 1)
+
+        return write
+
+    before = _losses(bridge, rows, [])
+    return np.stack([_losses(bridge, rows, [(_after(layer), remove(u))]) - before for u in units])
+
+
+# ------------------------------------------------------------------------------------- internals
+def _after(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def _losses(
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], hooks: list[Any]
+) -> Float[np.ndarray, "text"]:
+    """Mean next-token cross-entropy of each row, nats."""
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    result = np.zeros(len(rows))
+    for start in range(0, len(rows), ROWS):
+        index = by_length[start : start + ROWS]
+        # Padded at the right, where a causal model cannot see it.
+        tokens = pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True)
+        tokens = tokens.to(bridge.cfg.device)
+        logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks).float()
+        losses = F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none").cpu()
+        lengths = torch.tensor([len(rows[i]) - 1 for i in index])
+        inside = torch.arange(losses.shape[1]) < lengths[:, None]
+        result[index] = ((losses * inside).sum(1) / lengths).numpy()
+    return result

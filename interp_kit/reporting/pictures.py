@@ -1,0 +1,30 @@
+"""PNG files of a run's figures, by a headless browser where there is one."""
+
+import os
+import shutil
+from pathlib import Path
+
+import plotly.io
+from tqdm import tqdm
+
+BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome")
+AT_ONCE = 20  # figures a browser is given before the bar moves
+
+
+def find_browser() -> str | None:
+    """The browser that exports figures: ``BROWSER_PATH``, or the first of the usual names."""
+    given = os.environ.get("BROWSER_PATH")
+    return given or next((path for name in BROWSERS if (path := shutil.which(name))), None)
+
+
+def write_pictures(folder: Path, *, browser: str) -> int:
+    """``NAME.png`` beside every ``figures/NAME.json`` below ``folder``; returns how many."""
+    files = sorted(folder.glob("**/figures/*.json"))
+    os.environ["BROWSER_PATH"] = browser  # where kaleido looks
+    with tqdm(total=len(files), desc="pictures", unit="figure", leave=False) as bar:
+        for start in range(0, len(files), AT_ONCE):
+            some = files[start : start + AT_ONCE]
+            figures = [plotly.io.from_json(file.read_text(encoding="utf-8")) for file in some]
+            plotly.io.write_images(figures, [f.with_suffix(".png") for f in some], width=1000)
+            bar.update(len(some))
+    return len(files)
