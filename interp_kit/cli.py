@@ -193,11 +193,12 @@ def _print_table(outcomes) -> None:
     by_notebook: dict[str, list] = {}
     for outcome in outcomes:
         by_notebook.setdefault(outcome.cell.notebook.stem, []).append(outcome)
-    typer.echo(f"\n{'notebook':<28}{'cells':>6}{'ok':>6}{'skipped':>9}{'failed':>8}{'seconds':>9}")
+    width = max(map(len, by_notebook), default=0) + 2
+    typer.echo(f"\n{'notebook':<{width}}{'cells':>6}{'ok':>6}{'skipped':>9}{'failed':>8}{'seconds':>9}")
     for notebook, own in by_notebook.items():
         states = [o.state for o in own]
         typer.echo(
-            f"{notebook:<28}{len(own):>6}{states.count('ok'):>6}{states.count('up to date'):>9}"
+            f"{notebook:<{width}}{len(own):>6}{states.count('ok'):>6}{states.count('up to date'):>9}"
             f"{states.count('error'):>8}{sum(o.seconds for o in own):>9.1f}"
         )
     for outcome in outcomes:
