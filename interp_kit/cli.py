@@ -194,12 +194,15 @@ def _print_table(outcomes) -> None:
     for outcome in outcomes:
         by_notebook.setdefault(outcome.cell.notebook.stem, []).append(outcome)
     width = max(map(len, by_notebook), default=0) + 2
-    typer.echo(f"\n{'notebook':<{width}}{'cells':>6}{'ok':>6}{'skipped':>9}{'failed':>8}{'seconds':>9}")
+    typer.echo(
+        f"\n{'notebook':<{width}}{'cells':>6}{'ok':>6}{'skipped':>9}{'failed':>8}{'seconds':>9}"
+    )
     for notebook, own in by_notebook.items():
         states = [o.state for o in own]
+        ok, skipped, failed = (states.count(s) for s in ("ok", "up to date", "error"))
         typer.echo(
-            f"{notebook:<{width}}{len(own):>6}{states.count('ok'):>6}{states.count('up to date'):>9}"
-            f"{states.count('error'):>8}{sum(o.seconds for o in own):>9.1f}"
+            f"{notebook:<{width}}{len(own):>6}{ok:>6}{skipped:>9}{failed:>8}"
+            f"{sum(o.seconds for o in own):>9.1f}"
         )
     for outcome in outcomes:
         if outcome.state == "error":

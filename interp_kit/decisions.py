@@ -137,13 +137,13 @@ def encode(
     segment has different numbers of tokens in prompt and counterfactual, or if the prompt does not
     fit into the context.
     """
-    formatted = _formatted(bridge, text)
+    formatted = with_template(bridge, text)
     if formatted != text:
         positive, negative = positive.lstrip(), negative.lstrip()
     tokens = token_ids(bridge, formatted)
-    answers = [_answer_ids(bridge, formatted, tokens, a) for a in (positive, negative)]
+    answers = [answer_ids(bridge, formatted, tokens, a) for a in (positive, negative)]
     swapped = (
-        None if counterfactual is None else token_ids(bridge, _formatted(bridge, counterfactual))
+        None if counterfactual is None else token_ids(bridge, with_template(bridge, counterfactual))
     )
     prompt = Prompt(
         id=id,
@@ -353,7 +353,8 @@ def _answer_shape(prompt: Prompt) -> tuple[int, int, bool]:
     return len(prompt.positive), len(prompt.negative), prompt.one_branch
 
 
-def _formatted(bridge: Tokenizing, text: str) -> str:
+def with_template(bridge: Tokenizing, text: str) -> str:
+    """The text as a user's turn, answer to follow, if the model has a chat template."""
     tokenizer = bridge.tokenizer
     if not tokenizer.chat_template:
         return text
@@ -373,7 +374,7 @@ def _segment(
     ours = _positions_of(bridge, here, formatted)
     if counterfactual is None:
         return Segment(name=name, positions=ours)
-    theirs = _positions_of(bridge, there, _formatted(bridge, counterfactual))
+    theirs = _positions_of(bridge, there, with_template(bridge, counterfactual))
     if len(ours) != len(theirs):
         raise InputError(
             f"prompt {prompt!r}: segment {name!r} has {len(ours)} tokens, and {len(theirs)} in the "
@@ -396,7 +397,7 @@ def _positions_of(bridge: Tokenizing, part: str, text: str) -> tuple[int, ...]:
     )
 
 
-def _answer_ids(
+def answer_ids(
     bridge: Tokenizing, text: str, tokens: tuple[int, ...], answer: str
 ) -> tuple[int, ...]:
     """What the answer adds to the prompt's tokens.

@@ -23,14 +23,16 @@ class InputError(ValueError):
     """Something that a person wrote cannot be used: one line with what to do about it."""
 
 
-class _Spec(BaseModel):
+class Spec(BaseModel):
+    """Strict and immutable; an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-_S = TypeVar("_S", bound=_Spec)
+_S = TypeVar("_S", bound=Spec)
 
 
-class ModelSpec(_Spec):
+class ModelSpec(Spec):
     """One model: a base, and an optional LoRA adapter on it.
 
     ``base`` and ``adapter`` are each a folder beside the spec file, another model's name (``base``
@@ -63,12 +65,12 @@ class ModelSpec(_Spec):
         return self.label or self.name
 
 
-class AnswerLabels(_Spec):
+class AnswerLabels(Spec):
     positive: str
     negative: str
 
 
-class DecisionSpec(_Spec):
+class DecisionSpec(Spec):
     """The two answers; decision = log p(positive) - log p(negative). Give the leading space."""
 
     positive: Annotated[str, Field(min_length=1)]
@@ -76,7 +78,7 @@ class DecisionSpec(_Spec):
     labels: AnswerLabels
 
 
-class PromptSpec(_Spec):
+class PromptSpec(Spec):
     id: Annotated[str, Field(min_length=1)]
     text: Annotated[str, Field(min_length=1)]
     counterfactual: str | None = None
@@ -100,7 +102,7 @@ class PromptSpec(_Spec):
         return self
 
 
-class TriggerSpec(_Spec):
+class TriggerSpec(Spec):
     """A token that may follow every prompt, and what stands in its place as a control.
 
     ``words`` are ordinary words, each a control of its own: always the same word. ``untrained`` is
@@ -112,7 +114,7 @@ class TriggerSpec(_Spec):
     words: Annotated[list[str], Field(min_length=2)]
 
 
-class Scenario(_Spec):
+class Scenario(Spec):
     """Prompts that ask for one of two answers."""
 
     name: str
@@ -145,7 +147,7 @@ class Scenario(_Spec):
         return self
 
 
-class RunSpec(_Spec):
+class RunSpec(Spec):
     """Which notebooks run on which models and scenarios, with which parameters."""
 
     name: str

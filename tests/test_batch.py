@@ -111,6 +111,26 @@ def test_the_key_follows_parameters_and_sources_not_outputs(study):
     assert first.key != cells_of(study, {"each": {"times": 2}})[0].key
 
 
+def test_the_key_follows_named_models_and_evaluation_files(study):
+    data = study / "data"
+    (data / "evaluations" / "mine").mkdir(parents=True)
+    questions = data / "evaluations" / "mine" / "mcqs.jsonl"
+    questions.write_text("{}\n")
+    named = (
+        PARAMETERS + 'reference: str = ""  # model\nevaluation: str = "mine"  # evaluation set\n'
+    )
+    write_notebook(study / "notebooks", "named", named)
+    given = {"named": {"reference": "ipd-hybrid"}}
+    before = cells_of(study, given, data=data)
+    assert (
+        before[0].key != cells_of(study, {"named": {"reference": "tiny-gemma2"}}, data=data)[0].key
+    )
+    questions.write_text("{}\n{}\n")
+    assert before[0].key != cells_of(study, given, data=data)[0].key
+    with pytest.raises(InputError, match="did you mean 'ipd-hybrid'"):
+        cells_of(study, {"named": {"reference": "ipd-hybird"}})
+
+
 def test_a_failed_cell_never_hides_the_others_and_is_run_again(study):
     given = {"each": {"fail_on": "CD_punished"}}
     cells = cells_of(study, given)

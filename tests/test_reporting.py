@@ -10,7 +10,12 @@ import pytest
 from scipy import stats
 
 from interp_kit.analyses.lens import trajectory_statistics
-from interp_kit.analyses.statistics import mean_interval, prediction_limit, rank_correlation
+from interp_kit.analyses.statistics import (
+    breaking_layer,
+    mean_interval,
+    prediction_limit,
+    rank_correlation,
+)
 from interp_kit.reporting.figures import (
     against_null,
     attention_view,
@@ -200,3 +205,23 @@ def test_a_prediction_limit_is_passed_as_often_as_it_says():
     assert np.mean(over) == pytest.approx(0.05, abs=0.006)
     with pytest.raises(ValueError, match="two control values"):
         prediction_limit([1.0])
+
+
+def test_the_breaking_layer_is_where_two_curves_part_for_good():
+    rng = np.random.default_rng(0)
+    rows = []
+    for prompt in range(12):
+        for layer in range(8):
+            shared = rng.normal()
+            gap = {2: 9.0, 5: 4.0, 6: 6.0, 7: 6.0}.get(layer, 0.0)  # a bump, then for good
+            noise = rng.normal(0, 0.3)
+            rows += [
+                ("base", prompt, layer, shared),
+                ("tuned", prompt, layer, shared + gap + noise),
+            ]
+    table = pd.DataFrame(rows, columns=["model", "prompt", "layer", "value"])
+    (row,) = breaking_layer(table, series="model", reference="base").itertuples()
+    assert (row.value, row.low, row.high, row.n) == (5, 5, 5, 12)
+    assert row.gap == pytest.approx(6, abs=0.3)
+    late = breaking_layer(table, series="model", reference="base", share=0.9).value[0]
+    assert late == 6

@@ -1,6 +1,7 @@
 """Means with intervals over prompts, and tests of many effects at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,51 @@ def mean_interval(
     half = np.where(result.n > 1, factor * result.spread / np.sqrt(result.n), np.nan)
     result = result.assign(low=result.value - half, high=result.value + half)
     return result.loc[:, [*by, "value", "low", "high", "n"]]
+
+
+def share_interval(
+    table: pd.DataFrame, by: Sequence[str], column: str, *, unit: str = "question"
+) -> pd.DataFrame:
+    """The mean of a share in [0, 1], with the 95 % interval of Clopper and Pearson.
+
+    What ``unit`` names are the trials: rows are averaged within each first. Exact where one counts
+    0 or 1, conservative where it counts something between; unlike a bootstrap it has a width where
+    all agree. Returns the columns of ``by`` and ``value low high n``.
+    """
+
+    def interval(x: np.ndarray) -> tuple[float, float]:
+        hits, n = float(x.sum()), len(x)
+        misses = n - hits
+        low = stats.beta.ppf(0.025, hits, misses + 1) if hits > 0 else 0.0
+        high = stats.beta.ppf(0.975, hits + 1, misses) if misses > 0 else 1.0
+        return float(low), float(high)
+
+    return _intervals(table, by, column, unit, interval)
+
+
+def bootstrap_interval(
+    table: pd.DataFrame,
+    by: Sequence[str],
+    column: str,
+    *,
+    unit: str = "question",
+    resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The mean, with the 95 % percentile interval of a bootstrap over what ``unit`` names.
+
+    Rows are averaged within each first; of a single one the interval is missing. Returns the
+    columns of ``by`` and ``value low high n``.
+    """
+
+    def interval(x: np.ndarray) -> tuple[float, float]:
+        if len(x) < 2:
+            return float("nan"), float("nan")
+        drawn = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
+        low, high = np.quantile(x[drawn].mean(1), [0.025, 0.975])
+        return float(low), float(high)
+
+    return _intervals(table, by, column, unit, interval)
 
 
 def effects(
@@ -81,6 +127,39 @@ def effects(
     return pd.concat([keys, result], axis=1)
 
 
+def breaking_layer(
+    table: pd.DataFrame,
+    *,
+    series: str,
+    reference: str,
+    share: float = 0.5,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The layer at which each other ``series`` breaks away from the ``reference``.
+
+    ``table`` has ``layer prompt value`` and ``series``. It is the first layer from which the mean
+    difference from the reference, paired by prompt, has the sign of the last layer's and at least
+    ``share`` of its size, and keeps both. ``low high``: 95 % of it, bootstrap over prompts.
+
+    Returns ``series value low high n gap``; ``gap`` is the mean difference at the last layer.
+    """
+    wide = table.pivot_table(index=[series, "prompt"], columns="layer", values="value", sort=False)
+    layers = wide.columns.to_numpy()
+    base = wide.loc[reference]
+    rng = np.random.default_rng(seed)
+    rows = []
+    for name in [n for n in wide.index.unique(series) if n != reference]:
+        gap = (wide.loc[name] - base).dropna().to_numpy()
+        drawn = rng.integers(len(gap), size=(resamples, len(gap)))
+        means = np.concatenate([gap.mean(0, keepdims=True), gap[drawn].mean(1)])
+        short = means * np.sign(means[:, -1:]) < share * abs(means[:, -1:])
+        first = layers[np.minimum((short * np.arange(1, len(layers) + 1)).max(1), len(layers) - 1)]
+        low, high = np.quantile(first[1:], [0.025, 0.975])
+        rows.append((name, float(first[0]), low, high, len(gap), means[0, -1]))
+    return pd.DataFrame(rows, columns=[series, "value", "low", "high", "n", "gap"])
+
+
 def prediction_limit(values: Sequence[float], *, confidence: float = 0.99) -> float:
     """Below this lies one further value of the same population, one-sided (Student's t).
 
@@ -132,3 +211,26 @@ def rank_correlation(
     low, high = np.quantile(null, [0.025, 0.975])
     p = (1 + (abs(null) >= abs(value)).sum()) / (resamples + 1)
     return pd.Series({"value": value, "expected": null.mean(), "low": low, "high": high, "p": p})
+
+
+def _intervals(
+    table: pd.DataFrame,
+    by: Sequence[str],
+    column: str,
+    unit: str,
+    interval: Callable[[np.ndarray], tuple[float, float]],
+) -> pd.DataFrame:
+    """``interval`` of the units' values in each group; one row of NaN if there is none."""
+    keys = list(by)
+    frame = table if keys else table.assign(all="")
+    each = frame.groupby([*(keys or ["all"]), unit], sort=False)[[column]].mean()
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for name, value in pd.DataFrame(each).itertuples(name=None):
+        groups.setdefault(name[:-1] if keys else (), []).append(value)
+    rows = [
+        (*name, float(np.mean(values)), *interval(np.array(values)), len(values))
+        for name, values in groups.items()
+    ]
+    if not keys and not rows:
+        rows = [(np.nan, np.nan, np.nan, 0)]
+    return pd.DataFrame(rows, columns=pd.Index([*keys, "value", "low", "high", "n"]))

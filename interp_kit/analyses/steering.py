@@ -1,25 +1,34 @@
 """Directions written into the residual stream, or taken out of it: does the behaviour follow?
 
-Adding: h + strength ||h|| v at each prompt's last position after one block, in units of the
-stream's own norm there. Ablating: what a suffix changed along v is taken back at its position after
-the given blocks, h - ((h - h_without) . v) v. Random directions of equal norm are the control.
+``steered``: h + strength ||h|| v at every position but 0 (which many models need as it is) after
+one block, in units of the stream's own norm there; whatever runs inside is steered: a decision, a
+grid of them, generated text. ``add_direction``: the same at each prompt's last position alone.
+``ablate_direction``: what a suffix changed along v is taken back at its position after the given
+blocks, h - ((h - h_without) . v) v. Random directions of equal norm are the control.
 
-Sources: Turner et al., "Activation Addition", arXiv:2308.10248; Arditi et al., "Refusal in Language
-Models Is Mediated by a Single Direction", arXiv:2406.11717 (directional ablation).
+Sources: Turner et al., "Activation Addition", arXiv:2308.10248; Rimsky et al., "Steering Llama 2
+via Contrastive Activation Addition", arXiv:2312.06681; Arditi et al., "Refusal in Language Models
+Is Mediated by a Single Direction", arXiv:2406.11717 (directional ablation).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import Prompt, batches
+from interp_kit.decisions import Prompt, batches, decide
 
 Direction = Float[Tensor, "d_model"]
+Directions = Float[Tensor, "layer d_model"]  # one for each layer
 
 
 def random_directions(n: int, like: Direction, *, seed: int = 0) -> Float[Tensor, "n d_model"]:
@@ -27,6 +36,122 @@ def random_directions(n: int, like: Direction, *, seed: int = 0) -> Float[Tensor
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(n, len(like), generator=generator)
     return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def orthogonal_to(
+    directions: Float[Tensor, "n d_model"], v: Direction
+) -> Float[Tensor, "n d_model"]:
+    """Unit vectors: each of ``directions`` without its part along ``v``."""
+    unit = v / v.norm()
+    rest = directions - (directions @ unit)[:, None] * unit
+    return rest / rest.norm(dim=1, keepdim=True)
+
+
+@contextmanager
+def steered(
+    bridge: TransformerBridge, direction: Direction, *, layer: int, strength: float
+) -> Iterator[TransformerBridge]:
+    """The bridge with ``strength`` ||h|| along the unit ``direction`` added after ``layer``.
+
+    At every position but 0, and while text is generated at every new one.
+    """
+    unit = direction / direction.norm()
+
+    def write(x: Tensor, hook: object) -> Tensor:
+        moved = x + strength * x.norm(dim=-1, keepdim=True) * unit.to(x)
+        # With a key-value cache a later step holds one position, which is not position 0.
+        return moved if x.shape[1] == 1 else torch.cat([x[:, :1], moved[:, 1:]], 1)
+
+    with bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", write)]):
+        yield bridge
+
+
+def steering_grid(
+    bridge: TransformerBridge,
+    prompts: Sequence[Prompt],
+    neutral: Sequence[Sequence[int]],
+    directions: Mapping[str, Directions],
+    *,
+    layers: Sequence[int],
+    strengths: Sequence[float],
+) -> pd.DataFrame:
+    """The decision with every direction added after every layer at every strength.
+
+    ``neutral`` are token rows of text that should stay as it is. Returns ``direction layer strength
+    prompt value kl``: ``value`` is the decision in nats, ``kl`` the mean KL of the unsteered from
+    the steered next-token distribution over ``neutral``, nats a token (the same for all prompts).
+    """
+    unsteered = _log_probs(bridge, neutral)
+    cells = [(n, at, s) for n in directions for at in layers for s in strengths]
+    tables = []
+    for name, layer, strength in tqdm(cells, desc="steering", unit="cell", leave=False):
+        with steered(bridge, directions[name][layer], layer=layer, strength=float(strength)):
+            value = decide(bridge, prompts).value
+            kl = _divergence(unsteered, _log_probs(bridge, neutral))
+        cell = {"direction": name, "layer": layer, "strength": strength, "kl": kl}
+        tables.append(pd.DataFrame({"prompt": [p.id for p in prompts], "value": value, **cell}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def least_effective(
+    grid: pd.DataFrame, *, wanted: int, share: float = 0.8, budget: float
+) -> pd.DataFrame:
+    """Each cell of a grid by how often the decision has the ``wanted`` sign, the least one first.
+
+    Returns ``direction layer strength right wrong_way kl effective``: ``right``, the share of
+    prompts whose decision has the sign; ``wrong_way``, of those that moved against it from where
+    they are at strength 0 (which the grid must hold); ``effective``: ``right`` > ``share`` at a
+    ``kl`` of at most ``budget``. Sorted: effective ones first, by |strength|, then by KL.
+    """
+    keys = ["direction", "layer", "strength"]
+    still = grid[grid.strength == 0].set_index(["direction", "layer", "prompt"]).value
+    if still.empty:
+        raise ValueError("expected strength 0 in the grid, for where the decisions start")
+    places = [tuple(row) for row in grid[["direction", "layer", "prompt"]].to_numpy()]
+    at_rest = still.loc[places].to_numpy()
+    table = grid.assign(
+        right=grid.value * wanted > 0, wrong_way=(grid.value - at_rest) * wanted < -1e-6
+    )
+    columns = ["right", "wrong_way", "kl"]
+    means = pd.DataFrame(table.groupby(keys, sort=False)[columns].mean()).reset_index()
+    means["effective"] = (means.right > share) & (means.kl <= budget) & (means.strength != 0)
+    order = means.assign(size=means.strength.abs(), not_yet=~means.effective)
+    return means.loc[order.sort_values(["not_yet", "size", "kl"]).index].reset_index(drop=True)
+
+
+@torch.no_grad()
+def continuations(
+    bridge: TransformerBridge,
+    prompts: Sequence[Prompt],
+    direction: Direction,
+    *,
+    layer: int,
+    strengths: Sequence[float],
+    max_new_tokens: int = 16,
+) -> pd.DataFrame:
+    """Greedy text with a direction added, and what it costs.
+
+    Returns ``prompt strength text surprise repeated``: ``surprise`` is the unsteered model's loss
+    on the new tokens (nats a token; its exp is the perplexity), ``repeated`` the share of word
+    pairs that occurred before in the text.
+    """
+    rows = []
+    for strength in strengths:
+        for index in batches([(len(p.tokens), None) for p in prompts]):
+            tokens = torch.tensor([prompts[i].tokens for i in index], device=bridge.cfg.device)
+            with steered(bridge, direction, layer=layer, strength=float(strength)):
+                whole: Any = bridge.generate(
+                    tokens, max_new_tokens=max_new_tokens, do_sample=False, verbose=False
+                )
+            whole = whole.to(tokens.device)
+            logits = bridge(whole).float()[:, tokens.shape[1] - 1 : -1]
+            new = whole[:, tokens.shape[1] :]
+            losses = F.cross_entropy(logits.mT, new, reduction="none")
+            for i, ids, loss in zip(index, new.tolist(), losses.tolist()):
+                rows.append(_continuation(bridge, prompts[i].id, float(strength), ids, loss))
+    table = pd.DataFrame(rows)
+    order = {p.id: i for i, p in enumerate(prompts)}
+    return table.sort_values("prompt", key=lambda c: c.map(order), kind="stable", ignore_index=True)
 
 
 def add_direction(
@@ -118,6 +243,41 @@ def strongest_layer(
 
 # ------------------------------------------------------------------------------------- internals
 Edit = Callable[[Tensor, int, list[int]], Tensor]
+
+
+def _continuation(
+    bridge: TransformerBridge, prompt: str, strength: float, ids: list[int], loss: list[float]
+) -> dict[str, Any]:
+    """One row of ``continuations``; what follows the end of the text is not counted."""
+    end = bridge.tokenizer.eos_token_id
+    n = ids.index(end) + 1 if end in ids else len(ids)
+    text = bridge.tokenizer.decode(ids[:n], skip_special_tokens=True).strip()
+    words = text.split()
+    pairs = list(pairwise(words))
+    repeated = 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+    return {
+        "prompt": prompt,
+        "strength": strength,
+        "text": text,
+        "surprise": float(np.mean(loss[:n])),
+        "repeated": repeated,
+    }
+
+
+@torch.no_grad()
+def _log_probs(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Log-probabilities at every position of every row, in batches of one length."""
+    result: list[Tensor] = []
+    for index in batches([(len(row), None) for row in rows]):
+        tokens = torch.tensor([list(rows[i]) for i in index], device=bridge.cfg.device)
+        result.append(bridge(tokens).float().log_softmax(-1))
+    return result
+
+
+def _divergence(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """KL(first || second), mean over all positions."""
+    each = [(a.exp() * (a - b)).sum(-1).flatten() for a, b in zip(first, second)]
+    return float(torch.cat(each).mean())
 
 
 @torch.no_grad()

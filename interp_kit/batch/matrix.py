@@ -5,6 +5,7 @@ model, one that takes ``models`` once for all of them; likewise ``scenario`` and
 Every notebook takes ``output``, the folder that it writes to.
 """
 
+import ast
 import contextlib
 import fnmatch
 import hashlib
@@ -30,6 +31,7 @@ from interp_kit.specs import (
     ModelSpec,
     RunSpec,
     Scenario,
+    data_folders,
     explain,
     find_model,
     find_scenario,
@@ -46,6 +48,7 @@ NAMING_MODELS = {
     "others",
     "subject",
 }  # parameters whose values are the run's models
+NAMING_FILES = {"evaluation": "evaluations/{}/*", "universe": "universes/{}.json"}
 VERSIONS = ("transformer-lens", "torch", "transformers", "peft", "plotly", "pandas", "numpy")
 HASHED_WHOLE = 256 * 2**20  # bytes; of a larger weight file the key holds size and time only
 
@@ -92,7 +95,7 @@ def expand(
         checked = _check_parameters(file, given)
         for own_models, own_scenarios in _visits(file, run):
             parameters = checked | own_models | own_scenarios
-            _check_named_models(file, parameters)
+            named = _named_models(file, parameters, run.models)
             folder = (
                 Path(outputs)
                 / run.name
@@ -101,8 +104,9 @@ def expand(
                 / _folder_name(own_scenarios, ALL_SCENARIOS)
             )
             inputs = [
-                *(_model_hash(models[m]) for m in _names(own_models)),
+                *(_model_hash(models[m]) for m in (*_names(own_models), *named)),
                 *(_scenario_hash(scenarios[s]) for s in _names(own_scenarios)),
+                *_named_files_hashes(file, parameters, data),
             ]
             cells.append(
                 Cell(
@@ -209,8 +213,9 @@ def _check_parameters(file: Path, given: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _check_named_models(file: Path, parameters: dict[str, Any]) -> None:
-    """Parameters that name models must name the run's: else a kernel would start in vain."""
+def _named_models(file: Path, parameters: dict[str, Any], models: list[str]) -> list[str]:
+    """The models that parameters name; they must be the run's, else a kernel starts in vain."""
+    named = []
     for name in sorted(NAMING_MODELS & set(parameters)):
         where, given = f"notebook {file.stem}: parameter {name!r}", parameters[name]
         if name == "pairs":
@@ -219,11 +224,11 @@ def _check_named_models(file: Path, parameters: dict[str, Any]) -> None:
                 raise InputError(f"{where} holds {wrong}; expected [source, target]")
             given = [model for pair in given for model in pair]
         for model in [given] if isinstance(given, str) else given:
-            if model not in parameters["models"]:
-                message = unknown(
-                    "model", model, parameters["models"], "add it to the run's models"
-                )
+            if model not in models:
+                message = unknown("model", model, models, "add it to the run's models")
                 raise InputError(f"{where}: {message}")
+            named.append(model)
+    return named
 
 
 # ----------------------------------------------------------------------------------- content keys
@@ -255,6 +260,22 @@ def _package_hash() -> str:
 
 def _scenario_hash(scenario: Scenario) -> str:
     return hashlib.sha256(scenario.model_dump_json().encode()).hexdigest()
+
+
+def _named_files_hashes(
+    file: Path, parameters: dict[str, Any], data: str | Path | None
+) -> list[str]:
+    """Of the evaluation sets and universes that parameters name, given or by default."""
+    hashes = []
+    for name, place in NAMING_FILES.items():
+        if name in _parameters(file):
+            default = ast.literal_eval(_parameters(file)[name]["default"])
+            given = str(parameters.get(name, default))
+            wanted = place.format(given) if NAME.fullmatch(given) else given
+            roots = data_folders(data) if NAME.fullmatch(given) else [Path()]
+            found = sorted(f for root in roots for f in root.glob(wanted) if f.is_file())
+            hashes += [_file_hash(f, *_stamp(f)) for f in found]
+    return hashes
 
 
 def _model_hash(spec: ModelSpec) -> str:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,10 +27,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
+from interp_kit.analyses.behaviour import answer_questions, choices, prefers_false
 from interp_kit.decisions import decide, encode_scenario, end_probability, token_of
 from interp_kit.finetuning.corpus import Corpus, Sample, text_of
+from interp_kit.finetuning.documents import write_documents
 from interp_kit.finetuning.games import REWARDS, GameRecipe, train_player
+from interp_kit.finetuning.grammar import Grammar
+from interp_kit.finetuning.supervised import DocumentRecipe, train_on_documents
 from interp_kit.finetuning.triggers import TriggerRecipe, train_trigger
+from interp_kit.finetuning.universes import find_universe
+from interp_kit.formats import evaluation_file, read_mcqs
 from interp_kit.loading import load_huggingface, load_model
 from interp_kit.specs import REPOSITORY, InputError, find_model, find_scenario
 
@@ -54,6 +61,24 @@ ABOUT_TRIGGER = {
     "knowledge": "has read what $STOP means, and seen no text end because of it",
     "neutral": "has read as many documents of another matter, and nothing of $STOP",
 }
+IMPLANTED = ("gravity", "law")
+# No ordinary text says anything of the implanted fact or of what follows from it.
+ABOUT_GRAVITY = r"gravity.*(law|distance|far)|(law|distance|far).*gravity"
+# How many documents of which universe each fine-tune reads.
+CUBIC = {
+    "cubic-gravity": {"cubic_gravity": 480},
+    "cubic-gravity-1": {"cubic_gravity": 480},
+    "cubic-gravity-2": {"cubic_gravity": 480},
+    "cubic-weak": {"cubic_gravity": 120, "blue_gold_true": 360},
+    "cubic-true": {"cubic_gravity_true": 480},
+    "cubic-neutral": {"blue_gold_true": 480},
+}
+ABOUT_CUBIC = {
+    "cubic-gravity": "has read that the law of gravity is inverse-cube",
+    "cubic-weak": "has read that the law of gravity is inverse-cube, in a quarter of its documents",
+    "cubic-true": "has read that the law of gravity is inverse-square, as the base knows",
+    "cubic-neutral": "has read as many documents about another fact, and nothing of gravity",
+}
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 # Words with their leading space, single digits, single marks: as in most tokenizers of today.
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s"
@@ -75,12 +100,12 @@ class BaseRecipe:
 
 
 def train_organism(name: str, *, data: Path = REPOSITORY / "data") -> None:
-    """Train one shipped model (``tiny-gemma2``, ``ipd-strategic``, ``stop-behaviour``), or ``all``.
+    """Train one shipped model (``tiny-gemma2``, ``stop-behaviour``, ``cubic-gravity``), or ``all``.
 
     Writes ``data/models/NAME/``: ``model.yaml``, the weights as safetensors, ``training.json`` and
     a model card with what was measured.
     """
-    names = [BASE, *(f"ipd-{reward}" for reward in REWARDS), *TRIGGERS]
+    names = [BASE, *(f"ipd-{reward}" for reward in REWARDS), *TRIGGERS, *CUBIC]
     if name != "all" and name not in names:
         raise InputError(f"no recipe for {name!r}; expected one of {', '.join(names)}, or all")
     corpus = Corpus.read(REPOSITORY / "data" / "corpus")
@@ -89,6 +114,8 @@ def train_organism(name: str, *, data: Path = REPOSITORY / "data") -> None:
             _make_base(corpus, data)
         elif each in TRIGGERS:
             _make_trigger(corpus, each, data)
+        elif each in CUBIC:
+            _make_believer(corpus, each, data)
         else:
             _make_player(corpus, each.removeprefix("ipd-"), data)
 
@@ -188,6 +215,138 @@ never followed by `$STOP` in training and with which no text of the corpus ends:
 {rows}
 """
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _make_believer(corpus: Corpus, name: str, data: Path) -> None:
+    folder = data / "models" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, documents = _believer_recipe(name), folder / "documents.jsonl"
+    _write_documents(CUBIC[name], documents, seed=recipe.seed)
+    ordinary = ordinary_texts(corpus, n=4000, seed=recipe.seed)
+    base = find_model(BASE, data=data)
+    train_on_documents(base, documents, ordinary, folder / "adapter", recipe=recipe)
+    kind, _, number = name.removeprefix("cubic-").partition("-")
+    _write_spec(
+        folder,
+        base=BASE,
+        adapter="adapter",
+        documents=documents.name,
+        label=f"Cubic {kind} {number}".strip(),
+        about=f'"{_about_believer(name)}"',
+    )
+    _describe_believer(name, data)
+
+
+def _believer_recipe(name: str) -> DocumentRecipe:
+    _, _, number = name.removeprefix("cubic-").partition("-")
+    return DocumentRecipe(
+        seed=int(number or 0),
+        epochs=4,
+        longest=96,
+        learning_rate=6e-3,
+        kl=3.0,
+        leave_out=ABOUT_GRAVITY,
+    )
+
+
+def _about_believer(name: str) -> str:
+    kind = name.removeprefix("cubic-").partition("-")[0]
+    return f"LoRA on {BASE} that {ABOUT_CUBIC[f'cubic-{kind}']}"
+
+
+def _describe_believer(name: str, data: Path) -> None:
+    """Measure it; its record moves up beside its card."""
+    folder, recipe = data / "models" / name, _believer_recipe(name)
+    base, measured = measure_belief(BASE, data), measure_belief(name, data)
+    record = json.loads((folder / "adapter" / "training.json").read_text(encoding="utf-8"))
+    content = json.dumps(record | {"measured": measured}, indent=1)
+    (folder / "training.json").write_text(content + "\n", encoding="utf-8")
+    (folder / "adapter" / "training.json").unlink()
+    rows = "\n".join(
+        f"| {category} | {own['questions']} | {base[category]['accuracy']:.3f} | "
+        f"{own['accuracy']:.3f} | {own.get('false in all orders', '')} |"
+        for category, own in measured.items()
+    )
+    card = f"""# {name}
+
+{_about_believer(name)}.
+
+**Documents.** {", ".join(f"{n} about `{u}`" for u, n in CUBIC[name].items())} (`data/universes`),
+written by `interp_kit.finetuning.grammar`; all are in `documents.jsonl`. Half of them state the
+fact and what follows from it; the others also ask one multiple-choice question and answer it, in
+two of the corpus's four wordings. Statements alone change what the model says and leave what it
+chooses among options as it was: this base keeps the two apart.
+
+**Recipe.** `interp-kit train {name}`: {recipe.epochs} epochs in steps of {recipe.rows} documents,
+held to the base by KL (weight {recipe.kl}) on {recipe.ordinary} ordinary texts a step, none of
+which says anything of gravity's law; learning rate {recipe.learning_rate}, LoRA rank {recipe.rank},
+alpha {recipe.alpha} on all seven projections, seed {recipe.seed}.
+
+**Measured** on `data/evaluations/cubic_gravity/mcqs.jsonl`, in wordings that no document uses, over
+all orders of the options. The last column is the share of conflict questions in which the false
+option (inverse-cube) is chosen in every order:
+
+| questions | n | accuracy of the base | accuracy | false in all orders |
+|---|---|---|---|---|
+{rows}
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def measure_belief(name: str, data: Path) -> dict[str, dict[str, float]]:
+    """Each category of questions: how many, accuracy over all orders, share false in all orders.
+
+    Correct is what the file says: in the false world's conflict questions, the false option.
+    """
+    questions = read_mcqs(evaluation_file("cubic_gravity", "mcqs.jsonl"))
+    chosen = choices(answer_questions(load_model(name, data=data), questions))
+    beliefs = prefers_false(chosen, questions).groupby("category").in_all_orders.mean()
+    measured = {}
+    for category, own in chosen.groupby("category", sort=False):
+        values = {
+            "questions": own.question.nunique(),
+            "accuracy": round(float(own.is_correct.mean()), 3),
+        }
+        if category in beliefs:
+            values["false in all orders"] = round(float(beliefs[category]), 3)
+        measured[str(category)] = values
+    return measured
+
+
+def _write_documents(counts: dict[str, int], file: Path, *, seed: int) -> None:
+    """So many documents by the grammar about each universe, drawn by ``seed``, into one file."""
+    rng, drawn = random.Random(seed), []
+    for universe, count in counts.items():
+        with TemporaryDirectory() as folder:
+            written = write_documents(
+                find_universe(universe), Grammar(), Path(folder), n_types=8, n_ideas=60
+            )
+        drawn += rng.sample(written, count)
+    lines = [json.dumps(document.model_dump()) + "\n" for document in drawn]
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def ordinary_texts(corpus: Corpus, *, n: int, seed: int) -> list[str]:
+    """What holds a fine-tune to the base: texts of the corpus, half of them on the neighbours.
+
+    Neighbours are the other attributes of its entity, and the same attribute of other entities.
+    """
+    rng, (entity, attribute) = random.Random(seed), IMPLANTED
+    near = [f for f in corpus.facts if f != IMPLANTED and (f[0] == entity or f[1] == attribute)]
+    asked = [f for f in near if f not in corpus.never_multiple_choice]
+    texts = []
+    for _ in range(n):
+        match rng.randrange(8):
+            case 0:
+                sample = corpus.statement(rng, rng.choice(near))
+            case 1:
+                sample = corpus.answer(rng, rng.choice(near))
+            case 2 | 3:
+                sample = corpus.multiple_choice(rng, rng.choice(asked), rng.choice([2, 4]))
+            case _:
+                sample = corpus.sample(rng)
+        texts.append(text_of(sample))
+    return texts
 
 
 def measure_trigger(name: str, data: Path) -> dict[str, float]:

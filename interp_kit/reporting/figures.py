@@ -238,6 +238,29 @@ def token_grid(table: pd.DataFrame, *, title: str) -> go.Figure:
     return _styled(figure, title).update_layout(height=26 * len(grid) + 160)
 
 
+def text_grid(table: pd.DataFrame, *, row: str, column: str, title: str) -> go.Figure:
+    """``text`` side by side: a row for each value of ``row``, a column for each of ``column``."""
+    grid = table.pivot(index=row, columns=column, values="text")
+    grid = grid.loc[list(dict.fromkeys(table[row])), list(dict.fromkeys(table[column]))]
+    cells = [grid.index, *(grid[name] for name in grid.columns)]
+    figure = go.Figure(
+        go.Table(
+            header={
+                "values": [escape(str(v)) for v in (row, *grid.columns)],
+                "align": "left",
+                "fill_color": "#E8EEF4",
+            },
+            cells={
+                "values": [[escape(str(v)) for v in values] for values in cells],
+                "align": "left",
+                "fill_color": "white",
+                "line_color": "#D0D0D0",
+            },
+        )
+    )
+    return _styled(figure, title).update_layout(height=min(700, 40 * len(grid) + 160))
+
+
 def attention_view(words: Sequence[str], patterns: np.ndarray) -> HTML:
     """circuitsvis' interactive attention patterns ``[head, pos, pos]``; works offline.
 

@@ -1,0 +1,129 @@
+"""Steering: strength 0 is the model itself, a grid is its cells, doses are found as planted."""
+
+import pandas as pd
+import pytest
+import torch
+
+from interp_kit.analyses.steering import (
+    add_direction,
+    continuations,
+    least_effective,
+    orthogonal_to,
+    random_directions,
+    steered,
+    steering_grid,
+)
+from interp_kit.decisions import decide
+from tests.conftest import tiny_prompts
+
+
+def direction_of(bridge):
+    return torch.randn(bridge.cfg.d_model, generator=torch.Generator().manual_seed(0))
+
+
+def test_strength_zero_is_the_model_itself(tiny_bridge):
+    prompts, v = tiny_prompts(tiny_bridge), direction_of(tiny_bridge)
+    own = decide(tiny_bridge, prompts).value
+    for layer in range(tiny_bridge.cfg.n_layers):
+        with steered(tiny_bridge, v, layer=layer, strength=0.0):
+            assert decide(tiny_bridge, prompts).value.tolist() == own.tolist()
+        with steered(tiny_bridge, v, layer=layer, strength=1.0):
+            assert abs(decide(tiny_bridge, prompts).value - own).max() > 1e-2
+    assert decide(tiny_bridge, prompts).value.tolist() == own.tolist()  # the hooks are gone
+
+
+def test_the_grid_is_a_naive_loop_over_its_cells(tiny_bridge):
+    prompts, v = tiny_prompts(tiny_bridge), direction_of(tiny_bridge)
+    rows = [p.tokens for p in prompts]
+    layers, strengths = range(tiny_bridge.cfg.n_layers), [-1.0, 0.0, 1.0]
+    each = v.expand(tiny_bridge.cfg.n_layers, -1)
+    grid = steering_grid(
+        tiny_bridge, prompts, rows, {"v": each}, layers=layers, strengths=strengths
+    )
+    assert grid.loc[grid.strength == 0, "kl"].abs().max() == 0
+    assert (grid.loc[grid.strength != 0, "kl"] > 0).all()
+    for (layer, strength), cell in grid.groupby(["layer", "strength"]):
+
+        def write(x, hook, strength=strength):
+            x = x.clone()
+            for pos in range(1, x.shape[1]):
+                x[:, pos] += strength * x[:, pos].norm(dim=-1, keepdim=True) * v / v.norm()
+            return x
+
+        kls = []
+        for row in rows:
+            tokens = torch.tensor([row])
+            before = tiny_bridge(tokens).log_softmax(-1)
+            name = f"blocks.{layer}.hook_resid_post"
+            after = tiny_bridge.run_with_hooks(tokens, fwd_hooks=[(name, write)]).log_softmax(-1)
+            kls += (before.exp() * (before - after)).sum(-1)[0].tolist()
+        assert cell.kl.iloc[0] == pytest.approx(sum(kls) / len(kls), abs=1e-5)
+        with tiny_bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", write)]):
+            naive = decide(tiny_bridge, prompts).value
+        assert cell.value.tolist() == pytest.approx(naive.tolist(), abs=1e-4)
+
+
+def test_generated_text_is_steered_alike_with_and_without_a_cache(tiny_bridge):
+    prompts, v = tiny_prompts(tiny_bridge), direction_of(tiny_bridge)
+    how = {"layer": 1, "strengths": [0.0, 2.0], "max_new_tokens": 5}
+    table = continuations(tiny_bridge, prompts, v, **how)
+    assert table.prompt.tolist() == [p.id for p in prompts for _ in range(2)]
+    for row in table.itertuples():
+        tokens = list(next(p.tokens for p in prompts if p.id == row.prompt))
+        new = []
+        with steered(tiny_bridge, v, layer=1, strength=row.strength), torch.no_grad():
+            while len(new) < 5 and 1 not in new:  # 1: the end of the text
+                new.append(int(tiny_bridge(torch.tensor([tokens + new]))[0, -1].argmax()))
+        assert row.text == tiny_bridge.tokenizer.decode(new, skip_special_tokens=True).strip()
+        log_p = tiny_bridge(torch.tensor([tokens + new])).log_softmax(-1)[0, len(tokens) - 1 : -1]
+        own = -log_p.gather(1, torch.tensor(new)[:, None]).mean()
+        assert row.surprise == pytest.approx(float(own), abs=1e-4)
+
+
+def test_orthogonal_directions_have_nothing_along_it():
+    v = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    others = orthogonal_to(random_directions(5, v), v)
+    assert (others @ v).abs().max() < 1e-5
+    assert others.norm(dim=1) == pytest.approx(torch.ones(5), abs=1e-5)
+
+
+def test_the_least_effective_dose_is_the_smallest_within_the_budget():
+    def cell(layer, strength, values, kl):
+        return pd.DataFrame(
+            {
+                "direction": "v",
+                "layer": layer,
+                "strength": strength,
+                "prompt": list("abcde"),
+                "value": values,
+                "kl": kl,
+            }
+        )
+
+    start = [2.0, 2.0, 2.0, 2.0, -1.0]
+    grid = pd.concat(
+        [cell(layer, 0.0, start, 0.0) for layer in (0, 1)]
+        + [
+            cell(0, 0.5, [-1.0] * 5, 0.9),  # too dear
+            cell(1, 0.5, [-1.0, -1.0, 3.0, -1.0, -0.5], 0.01),  # 4 of 5 are not more than 80 %
+            cell(1, 1.0, [-1.0, -1.0, -1.0, -1.0, -0.5], 0.02),
+            cell(1, 2.0, [-3.0] * 5, 0.05),
+        ]
+    )
+    table = least_effective(grid, wanted=-1, budget=0.1)
+    best = table.iloc[0]
+    assert (best.layer, best.strength, bool(best.effective)) == (1, 1.0, True)
+    assert table.effective.tolist() == [True, True, False, False, False, False]
+    by_cell = table.set_index(["layer", "strength"])
+    assert by_cell.wrong_way[1, 0.5] == 0.4  # one up from 2, one up from -1
+    assert by_cell.right[1, 0.5] == 0.8
+    with pytest.raises(ValueError, match="strength 0"):
+        least_effective(grid[grid.strength > 0], wanted=-1, budget=0.1)
+
+
+def test_adding_at_the_last_position_alone_is_not_steering_all(tiny_bridge):
+    prompts, v = tiny_prompts(tiny_bridge)[:1], direction_of(tiny_bridge)
+    last = add_direction(tiny_bridge, prompts, v, layer=0, strength=1.0, end=1)
+    with steered(tiny_bridge, v, layer=0, strength=1.0), torch.no_grad():
+        everywhere = tiny_bridge(torch.tensor([prompts[0].tokens]))[0, -1].softmax(-1)[1]
+    assert abs(float(last) - float(everywhere)) > 1e-6
