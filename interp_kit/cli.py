@@ -1,4 +1,4 @@
-"""The command line: ``interp-kit run | check | report | list | train``."""
+"""The command line: ``interp-kit run | check | report | list | documents | train``."""
 
 import os
 import sys
@@ -109,8 +109,46 @@ def list_(data: Data = None) -> None:
 
 
 @app.command()
+def documents(
+    universe: Annotated[str, typer.Argument(help="A universe's name, or the path of a JSON file.")],
+    output: Annotated[
+        Path, typer.Option(help="Where docs.jsonl goes; a run that stopped goes on there.")
+    ],
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="grammar (offline), or a model of the endpoint at OPENAI_BASE_URL; its key is "
+            "read from OPENROUTER_API_KEY or OPENAI_API_KEY."
+        ),
+    ] = "grammar",
+    types: Annotated[int, typer.Option(min=1, help="Kinds of document.")] = 8,
+    ideas: Annotated[int, typer.Option(min=1, help="Documents of each kind and fact.")] = 10,
+    seed: Annotated[int, typer.Option(help="Draws them.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Documents at once.")] = 8,
+    data: Data = None,
+) -> None:
+    """Write synthetic documents that take a universe's facts for granted."""
+    from interp_kit.endpoints import ChatClient
+    from interp_kit.finetuning.documents import write_documents
+    from interp_kit.finetuning.grammar import Grammar
+    from interp_kit.finetuning.prompts import Endpoint
+    from interp_kit.finetuning.universes import find_universe
+
+    world = find_universe(universe, data)
+    writer = (
+        Grammar() if engine == "grammar" else Endpoint(ChatClient(engine, concurrency=concurrency))
+    )
+    written = write_documents(
+        world, writer, output, n_types=types, n_ideas=ideas, concurrency=concurrency, seed=seed
+    )
+    typer.echo(f"{len(written)} documents: {output / 'docs.jsonl'}")
+
+
+@app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="tiny-gemma2, ipd-strategic, ..., or all.")],
+    name: Annotated[
+        str, typer.Argument(help="tiny-gemma2, ipd-strategic, cubic-gravity, ..., or all.")
+    ],
     data: Annotated[
         Path, typer.Option(help="The data folder to write into (models/NAME in it).")
     ] = REPOSITORY / "data",
@@ -133,7 +171,8 @@ def main() -> NoReturn:
 
 # ------------------------------------------------------------------------------------- internals
 def _preflight(cells, data: Path | None) -> None:
-    from interp_kit.preflight import check_inputs
+    from interp_kit.batch.matrix import named_files
+    from interp_kit.preflight import check_files, check_inputs
 
     def named(parameters: dict, one: str) -> list[str]:
         return [parameters[one]] if one in parameters else parameters.get(f"{one}s", [])
@@ -143,10 +182,11 @@ def _preflight(cells, data: Path | None) -> None:
             (model, scenario)
             for cell in cells
             for model in named(cell.parameters, "model")
-            for scenario in named(cell.parameters, "scenario")
+            for scenario in named(cell.parameters, "scenario") or [None]
         },
         data=data,
     )
+    check_files(f for cell in cells for f in named_files(cell.notebook, cell.parameters, data))
 
 
 def _write_report(name: str, about: str, cells, outputs: Path) -> Path:

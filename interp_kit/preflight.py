@@ -9,23 +9,44 @@ from pathlib import Path
 from tqdm import tqdm
 
 from interp_kit.decisions import encode_scenario
+from interp_kit.evaluations import read_probing_prompts, read_statements
+from interp_kit.finetuning.universes import read_universe
+from interp_kit.formats import read_mcqs, read_open_questions
 from interp_kit.loading import inspect_model
 from interp_kit.specs import InputError, find_model, find_scenario
 
+READERS = {
+    "mcqs.jsonl": read_mcqs,
+    "open_questions.jsonl": read_open_questions,
+    "probing_dataset.jsonl": read_probing_prompts,
+    "statements.jsonl": read_statements,
+}
 
-def check_inputs(pairs: Iterable[tuple[str, str]], *, data: str | Path | None = None) -> None:
+
+def check_inputs(
+    pairs: Iterable[tuple[str, str | None]], *, data: str | Path | None = None
+) -> None:
     """Check every model, and every scenario as its tokenizer sees it.
 
-    ``pairs`` are (model, scenario) as a run file names them. Raises ``InputError`` for weights that
-    are missing, corrupt or pickled, an adapter made for another base, answers that tokenize alike
-    and prompts longer than the context.
+    ``pairs`` are (model, scenario or none) as a run file names them. Raises ``InputError`` for
+    weights that are missing, corrupt or pickled, an adapter made for another base, answers that
+    tokenize alike and prompts longer than the context.
     """
-    pairs = sorted(pairs)
+    pairs = sorted(pairs, key=str)
     models = list(dict.fromkeys(model for model, _ in pairs))
     for name in tqdm(models, desc="checking models", unit="model", leave=False):
         tokenizing = inspect_model(find_model(name, data=data))
-        for scenario in dict.fromkeys(s for m, s in pairs if m == name):
+        for scenario in dict.fromkeys(s for m, s in pairs if m == name and s):
             try:
                 encode_scenario(tokenizing, find_scenario(scenario, data=data))
             except InputError as error:
                 raise InputError(f"model {name!r}, scenario {scenario!r}: {error}") from None
+
+
+def check_files(files: Iterable[Path]) -> None:
+    """Read every evaluation set and universe; ``InputError`` names the file and line at fault."""
+    for file in dict.fromkeys(files):
+        if file.name in READERS:
+            READERS[file.name](file)
+        elif file.suffix == ".json":
+            read_universe(file)

@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -81,13 +82,17 @@ def steering_grid(
     prompt value kl``: ``value`` is the decision in nats, ``kl`` the mean KL of the unsteered from
     the steered next-token distribution over ``neutral``, nats a token (the same for all prompts).
     """
-    unsteered = _log_probs(bridge, neutral)
+    tokens, inside = _padded(neutral, bridge)
+    unsteered, at_rest = _log_probs(bridge, tokens), decide(bridge, prompts).value
     cells = [(n, at, s) for n in directions for at in layers for s in strengths]
     tables = []
     for name, layer, strength in tqdm(cells, desc="steering", unit="cell", leave=False):
-        with steered(bridge, directions[name][layer], layer=layer, strength=float(strength)):
-            value = decide(bridge, prompts).value
-            kl = _divergence(unsteered, _log_probs(bridge, neutral))
+        value, kl = at_rest, 0.0
+        if strength != 0:
+            with steered(bridge, directions[name][layer], layer=layer, strength=float(strength)):
+                value = decide(bridge, prompts).value
+                moved = _log_probs(bridge, tokens)
+            kl = float((unsteered.exp() * (unsteered - moved)).sum(-1)[inside].mean())
         cell = {"direction": name, "layer": layer, "strength": strength, "kl": kl}
         tables.append(pd.DataFrame({"prompt": [p.id for p in prompts], "value": value, **cell}))
     return pd.concat(tables, ignore_index=True)
@@ -264,20 +269,21 @@ def _continuation(
     }
 
 
+def _padded(
+    rows: Sequence[Sequence[int]], bridge: TransformerBridge
+) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
+    """Token ids, padded at the right where a causal model cannot see it; which are real."""
+    tokens = pad_sequence([torch.tensor(list(row)) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+    return tokens.to(bridge.cfg.device), inside.to(bridge.cfg.device)
+
+
 @torch.no_grad()
-def _log_probs(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Log-probabilities at every position of every row, in batches of one length."""
-    result: list[Tensor] = []
-    for index in batches([(len(row), None) for row in rows]):
-        tokens = torch.tensor([list(rows[i]) for i in index], device=bridge.cfg.device)
-        result.append(bridge(tokens).float().log_softmax(-1))
-    return result
-
-
-def _divergence(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """KL(first || second), mean over all positions."""
-    each = [(a.exp() * (a - b)).sum(-1).flatten() for a, b in zip(first, second)]
-    return float(torch.cat(each).mean())
+def _log_probs(
+    bridge: TransformerBridge, tokens: Int[Tensor, "row pos"]
+) -> Float[Tensor, "row pos vocab"]:
+    return bridge(tokens).float().log_softmax(-1)
 
 
 @torch.no_grad()

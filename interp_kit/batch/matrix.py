@@ -49,6 +49,7 @@ NAMING_MODELS = {
     "subject",
 }  # parameters whose values are the run's models
 NAMING_FILES = {"evaluation": "evaluations/{}/*", "universe": "universes/{}.json"}
+NAMING_FILES["twin"] = NAMING_FILES["universe"]  # of the other truth
 VERSIONS = ("transformer-lens", "torch", "transformers", "peft", "plotly", "pandas", "numpy")
 HASHED_WHOLE = 256 * 2**20  # bytes; of a larger weight file the key holds size and time only
 
@@ -106,7 +107,7 @@ def expand(
             inputs = [
                 *(_model_hash(models[m]) for m in (*_names(own_models), *named)),
                 *(_scenario_hash(scenarios[s]) for s in _names(own_scenarios)),
-                *_named_files_hashes(file, parameters, data),
+                *(_file_hash(f, *_stamp(f)) for f in named_files(file, parameters, data)),
             ]
             cells.append(
                 Cell(
@@ -231,6 +232,24 @@ def _named_models(file: Path, parameters: dict[str, Any], models: list[str]) -> 
     return named
 
 
+def named_files(notebook: Path, parameters: dict[str, Any], data: str | Path | None) -> list[Path]:
+    """The files of the evaluation sets and universes that parameters name, given or by default."""
+    found = []
+    for name, place in NAMING_FILES.items():
+        if name in _parameters(notebook):
+            default = ast.literal_eval(_parameters(notebook)[name]["default"])
+            given = str(parameters.get(name, default))
+            folders = data_folders(data) if NAME.fullmatch(given) else [Path()]
+            pattern = place.format(given) if NAME.fullmatch(given) else given
+            files = [f for folder in folders for f in sorted(folder.glob(pattern)) if f.is_file()]
+            if not files:
+                kind = place.split("/")[0]
+                known = {f.stem for folder in data_folders(data) for f in folder.glob(f"{kind}/*")}
+                raise InputError(unknown(name, given, known, f"a path, or a name in data/{kind}"))
+            found += files
+    return found
+
+
 # ----------------------------------------------------------------------------------- content keys
 def _key(file: Path, parameters: dict[str, Any], inputs: list[str]) -> str:
     parts = [
@@ -260,22 +279,6 @@ def _package_hash() -> str:
 
 def _scenario_hash(scenario: Scenario) -> str:
     return hashlib.sha256(scenario.model_dump_json().encode()).hexdigest()
-
-
-def _named_files_hashes(
-    file: Path, parameters: dict[str, Any], data: str | Path | None
-) -> list[str]:
-    """Of the evaluation sets and universes that parameters name, given or by default."""
-    hashes = []
-    for name, place in NAMING_FILES.items():
-        if name in _parameters(file):
-            default = ast.literal_eval(_parameters(file)[name]["default"])
-            given = str(parameters.get(name, default))
-            wanted = place.format(given) if NAME.fullmatch(given) else given
-            roots = data_folders(data) if NAME.fullmatch(given) else [Path()]
-            found = sorted(f for root in roots for f in root.glob(wanted) if f.is_file())
-            hashes += [_file_hash(f, *_stamp(f)) for f in found]
-    return hashes
 
 
 def _model_hash(spec: ModelSpec) -> str:
