@@ -28,6 +28,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.decisions import Prompt, batches, decide
 
+ROWS = 32  # prompts of one batch
+
 Direction = Float[Tensor, "d_model"]
 Directions = Float[Tensor, "layer d_model"]  # one for each layer
 
@@ -292,22 +294,25 @@ def _end_probability(
 ) -> Float[Tensor, "prompt"]:
     """p(end token) with the stream at the last position edited after the given blocks."""
     result = torch.empty(len(rows))
-    for index in batches([(len(row), None) for row in rows]):
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(rows), ROWS):
+        index = by_length[start : start + ROWS]
+        tokens, inside = _padded([rows[i] for i in index], bridge)
+        last = torch.arange(len(index), device=tokens.device), inside.sum(1) - 1
 
-        def hook(layer: int, edit: Edit, index: list[int]) -> Callable[..., Tensor]:
+        def hook(layer: int, edit: Edit, index: list[int], last: Any) -> Callable[..., Tensor]:
             def write(x: Tensor, hook: object) -> Tensor:
-                last = edit(x[:, -1], layer, index)
-                return torch.cat([x[:, :-1], last[:, None]], 1)
+                x = x.clone()
+                x[last] = edit(x[last], layer, index)
+                return x
 
             return write
 
         hooks = [
-            (f"blocks.{layer}.hook_resid_post", hook(layer, edit, index))
+            (f"blocks.{layer}.hook_resid_post", hook(layer, edit, index, last))
             for layer, edit in edits.items()
         ]
-        logits = bridge.run_with_hooks(
-            torch.tensor([rows[i] for i in index], device=bridge.cfg.device),
-            fwd_hooks=[*hooks, ("unembed.hook_in", lambda x, hook: x[:, -1:])],
-        )
+        read = ("unembed.hook_in", lambda x, hook, last=last: x[last][:, None])
+        logits = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, read])
         result[index] = logits[:, -1].float().softmax(-1)[:, end].cpu()
     return result
