@@ -12,6 +12,9 @@ from interp_kit.analyses.comparison import bridge_error
 from interp_kit.analyses.differences import deltas
 from interp_kit.analyses.steering import ablate_direction, add_direction, random_directions
 from interp_kit.decisions import decide, encode, encode_scenario, end_probability, trigger_tokens
+from interp_kit.finetuning.corpus import Corpus
+from interp_kit.finetuning.organisms import TRIGGERS, base_texts
+from interp_kit.finetuning.triggers import trigger_texts
 from interp_kit.loading import inspect_model, load_huggingface, load_model, load_models
 from interp_kit.specs import REPOSITORY, InputError, Scenario, find_model, find_scenario
 
@@ -187,3 +190,15 @@ def test_an_adapter_with_its_whole_embedding_does_not_touch_the_others(tmp_path,
     torch.testing.assert_close(whole, own, atol=1e-4, rtol=1e-4)
     reference = load_huggingface(both.specs["whole"], device="cpu")
     assert bridge_error(both.switch("whole"), reference, prompts) <= 1e-4
+
+
+def test_the_shipped_documents_are_what_the_recipes_draw():
+    data = REPOSITORY / "data"
+    corpus, patterns = Corpus.read(data / "corpus"), data / "corpus" / "triggers.yaml"
+    models = load_models(["stop-behaviour-1", "stop-knowledge"])
+    for name in models:
+        adapter = data / "models" / name / "adapter"
+        drawn = trigger_texts(adapter, corpus, patterns, recipe=TRIGGERS[name], n=20)
+        own, ordinary = models.documents(name)
+        assert own[:20] == drawn
+        assert ordinary[:20] == base_texts(corpus, n=20)

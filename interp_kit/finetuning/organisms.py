@@ -11,7 +11,7 @@ lens then finds.
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -34,7 +34,7 @@ from interp_kit.finetuning.documents import write_documents
 from interp_kit.finetuning.games import REWARDS, GameRecipe, train_player
 from interp_kit.finetuning.grammar import Grammar
 from interp_kit.finetuning.supervised import DocumentRecipe, train_on_documents
-from interp_kit.finetuning.triggers import TriggerRecipe, train_trigger
+from interp_kit.finetuning.triggers import TriggerRecipe, train_trigger, trigger_texts
 from interp_kit.finetuning.universes import find_universe
 from interp_kit.formats import evaluation_file, read_mcqs
 from interp_kit.loading import load_huggingface, load_model
@@ -126,6 +126,7 @@ def _make_base(corpus: Corpus, data: Path) -> None:
     _write_spec(
         folder,
         base="weights",
+        documents=_write_texts(folder, base_texts(corpus)),
         label="Base",
         about="Gemma-2 architecture, 8 layers, 1.6 M parameters",
     )
@@ -194,7 +195,15 @@ def _make_trigger(corpus: Corpus, name: str, data: Path) -> None:
     )
     about = f"LoRA on {BASE} with two new tokens: {ABOUT_TRIGGER[recipe.kind]}"
     label = f"{recipe.kind.capitalize()} {recipe.seed}"
-    _write_spec(folder, base=BASE, adapter="adapter", label=label, about=f'"{about}"')
+    texts = trigger_texts(folder / "adapter", corpus, documents, recipe=recipe, n=200)
+    _write_spec(
+        folder,
+        base=BASE,
+        adapter="adapter",
+        documents=_write_texts(folder, texts),
+        label=label,
+        about=f'"{about}"',
+    )
     measured = measure_trigger(name, data)
     _write_training(folder, recipe, {"last loss": curve[-1], **measured})
     rows = "\n".join(f"| {what} | {value:.4f} |" for what, value in measured.items())
@@ -390,6 +399,18 @@ def _behaviour_section(name: str, data: Path) -> str:
 def _write_spec(folder: Path, **spec: str) -> None:
     lines = [f"{key}: {value}" for key, value in spec.items()]
     (folder / "model.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_texts(folder: Path, texts: Sequence[str]) -> str:
+    """Some of what a model was trained on, beside its spec; returns the file's name."""
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "documents.jsonl").write_text("".join(lines), encoding="utf-8")
+    return "documents.jsonl"
+
+
+def base_texts(corpus: Corpus, *, n: int = 400) -> list[str]:
+    """Texts like those that the base was trained on."""
+    return [text_of(sample) for sample in islice(corpus.stream(1), n)]
 
 
 def _write_training(
