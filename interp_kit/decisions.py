@@ -13,11 +13,15 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.specs import InputError, Scenario
+
+PADDED_ROWS = 32  # texts of one padded batch
 
 MAX_TOKENS = 8192  # tokens in one forward pass: bounds memory, not results
 
@@ -268,6 +272,30 @@ def batches(shapes: Sequence[tuple[int, object]]) -> Iterator[list[int]]:
         same = [i for i, other in enumerate(shapes) if other == shape]
         size = max(1, MAX_TOKENS // shape[0])
         yield from (same[i : i + size] for i in range(0, len(same), size))
+
+
+def padded(
+    rows: Sequence[Sequence[int]], device: Any
+) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
+    """Token ids, padded at the right where a causal model cannot see it; which are real."""
+    tokens = pad_sequence([torch.tensor(list(row)) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+    return tokens.to(device), inside.to(device)
+
+
+@torch.no_grad()
+def losses(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Float[Tensor, "row"]:
+    """Mean next-token cross-entropy of each row of tokens, in nats."""
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    result = torch.zeros(len(rows))
+    for start in range(0, len(rows), PADDED_ROWS):
+        index = by_length[start : start + PADDED_ROWS]
+        tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
+        logits = bridge(tokens).float()[:, :-1]
+        each = F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none") * inside[:, 1:]
+        result[index] = (each.sum(1) / inside[:, 1:].sum(1)).cpu()
+    return result
 
 
 def last_logits(

@@ -117,6 +117,12 @@ def test_the_least_effective_dose_is_the_smallest_within_the_budget():
     by_cell = table.set_index(["layer", "strength"])
     assert by_cell.wrong_way[1, 0.5] == 0.4  # one up from 2, one up from -1
     assert by_cell.right[1, 0.5] == 0.8
+    # Where none is effective: what does most within the budget comes first, doing nothing last.
+    poor = grid[~((grid.layer == 1) & (grid.strength > 0.5))]
+    ranked = least_effective(poor, wanted=-1, budget=0.1)
+    assert not ranked.effective.any()
+    assert ranked[["layer", "strength"]].to_numpy().tolist()[:2] == [[1, 0.5], [0, 0.5]]
+    assert (ranked.strength.iloc[2:] == 0).all()
     with pytest.raises(ValueError, match="strength 0"):
         least_effective(grid[grid.strength > 0], wanted=-1, budget=0.1)
 

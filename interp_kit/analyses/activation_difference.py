@@ -16,17 +16,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.activations import norm_scale, residual_stream, through_frozen_norm
+from interp_kit.decisions import losses
 from interp_kit.specs import InputError
 
 REST = "rest"
-ROWS = 32  # texts of one batch
 Streams = Float[Tensor, "text pos layer d_model"]
 BySlot = Float[Tensor, "slot layer d_model"]
 
@@ -228,29 +226,13 @@ def loss_without(
 
         return write
 
-    before = _losses(bridge, rows, [])
-    return np.stack([_losses(bridge, rows, [(_after(layer), remove(u))]) - before for u in units])
+    before, changes = losses(bridge, rows), []
+    for unit in units:
+        with bridge.hooks(fwd_hooks=[(_after(layer), remove(unit))]):
+            changes.append(losses(bridge, rows) - before)
+    return torch.stack(changes).numpy()
 
 
 # ------------------------------------------------------------------------------------- internals
 def _after(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
-
-
-def _losses(
-    bridge: TransformerBridge, rows: Sequence[Sequence[int]], hooks: list[Any]
-) -> Float[np.ndarray, "text"]:
-    """Mean next-token cross-entropy of each row, nats."""
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    result = np.zeros(len(rows))
-    for start in range(0, len(rows), ROWS):
-        index = by_length[start : start + ROWS]
-        # Padded at the right, where a causal model cannot see it.
-        tokens = pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True)
-        tokens = tokens.to(bridge.cfg.device)
-        logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks).float()
-        losses = F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none").cpu()
-        lengths = torch.tensor([len(rows[i]) - 1 for i in index])
-        inside = torch.arange(losses.shape[1]) < lengths[:, None]
-        result[index] = ((losses * inside).sum(1) / lengths).numpy()
-    return result

@@ -26,7 +26,7 @@ from interp_kit.decisions import (
     answer_log_probs,
     batches,
     encode,
-    last_logits,
+    losses,
     token_ids,
     with_template,
 )
@@ -236,15 +236,8 @@ def text_loss(bridge: TransformerBridge, texts: Sequence[str]) -> pd.DataFrame:
             raise InputError(
                 f"{text[:40]!r} has {len(row)} tokens; expected 2 to {bridge.cfg.n_ctx}"
             )
-    values = [0.0] * len(rows)
-    for index in batches([(len(row), None) for row in rows]):
-        tokens = torch.tensor([rows[i] for i in index])
-        log_p = last_logits(bridge, tokens[:, :-1], tokens.shape[1] - 1).float().log_softmax(-1)
-        loss = -log_p.cpu().gather(-1, tokens[:, 1:, None]).mean((1, 2))
-        for i, value in zip(index, loss.tolist()):
-            values[i] = value
-    tokens_each = [len(row) for row in rows]
-    return pd.DataFrame({"text": list(texts), "tokens": tokens_each, "value": values})
+    table = {"text": list(texts), "tokens": [len(row) for row in rows]}
+    return pd.DataFrame(table | {"value": losses(bridge, rows).tolist()})
 
 
 # ------------------------------------------------------------------------------------- internals

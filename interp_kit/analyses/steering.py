@@ -20,15 +20,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import Prompt, batches, decide
-
-ROWS = 32  # prompts of one batch
+from interp_kit.decisions import PADDED_ROWS, Prompt, batches, decide, padded
 
 Direction = Float[Tensor, "d_model"]
 Directions = Float[Tensor, "layer d_model"]  # one for each layer
@@ -84,7 +81,7 @@ def steering_grid(
     prompt value kl``: ``value`` is the decision in nats, ``kl`` the mean KL of the unsteered from
     the steered next-token distribution over ``neutral``, nats a token (the same for all prompts).
     """
-    tokens, inside = _padded(neutral, bridge)
+    tokens, inside = padded(neutral, bridge.cfg.device)
     unsteered, at_rest = _log_probs(bridge, tokens), decide(bridge, prompts).value
     cells = [(n, at, s) for n in directions for at in layers for s in strengths]
     tables = []
@@ -108,7 +105,8 @@ def least_effective(
     Returns ``direction layer strength right wrong_way kl effective``: ``right``, the share of
     prompts whose decision has the sign; ``wrong_way``, of those that moved against it from where
     they are at strength 0 (which the grid must hold); ``effective``: ``right`` > ``share`` at a
-    ``kl`` of at most ``budget``. Sorted: effective ones first, by |strength|, then by KL.
+    ``kl`` of at most ``budget``. Sorted: effective ones first, by |strength|, then by KL; the best
+    within the budget next; strength 0 last.
     """
     keys = ["direction", "layer", "strength"]
     still = grid[grid.strength == 0].set_index(["direction", "layer", "prompt"]).value
@@ -122,8 +120,15 @@ def least_effective(
     columns = ["right", "wrong_way", "kl"]
     means = pd.DataFrame(table.groupby(keys, sort=False)[columns].mean()).reset_index()
     means["effective"] = (means.right > share) & (means.kl <= budget) & (means.strength != 0)
-    order = means.assign(size=means.strength.abs(), not_yet=~means.effective)
-    return means.loc[order.sort_values(["not_yet", "size", "kl"]).index].reset_index(drop=True)
+    order = means.assign(
+        not_yet=~means.effective,
+        size=means.strength.abs().where(means.effective, 0.0),
+        still=means.strength == 0,
+        dear=means.kl > budget,
+        short=(-means.right).where(~means.effective, 0.0),
+    )
+    by = ["not_yet", "size", "still", "dear", "short", "kl"]
+    return means.loc[order.sort_values(by).index].reset_index(drop=True)
 
 
 @torch.no_grad()
@@ -271,16 +276,6 @@ def _continuation(
     }
 
 
-def _padded(
-    rows: Sequence[Sequence[int]], bridge: TransformerBridge
-) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
-    """Token ids, padded at the right where a causal model cannot see it; which are real."""
-    tokens = pad_sequence([torch.tensor(list(row)) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    inside = torch.arange(tokens.shape[1]) < lengths[:, None]
-    return tokens.to(bridge.cfg.device), inside.to(bridge.cfg.device)
-
-
 @torch.no_grad()
 def _log_probs(
     bridge: TransformerBridge, tokens: Int[Tensor, "row pos"]
@@ -295,9 +290,9 @@ def _end_probability(
     """p(end token) with the stream at the last position edited after the given blocks."""
     result = torch.empty(len(rows))
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(rows), ROWS):
-        index = by_length[start : start + ROWS]
-        tokens, inside = _padded([rows[i] for i in index], bridge)
+    for start in range(0, len(rows), PADDED_ROWS):
+        index = by_length[start : start + PADDED_ROWS]
+        tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
         last = torch.arange(len(index), device=tokens.device), inside.sum(1) - 1
 
         def hook(layer: int, edit: Edit, index: list[int], last: Any) -> Callable[..., Tensor]:
