@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,57 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.checkpoints import weights_hash
 from interp_kit.decisions import Prompt, batches
 from interp_kit.specs import ModelSpec
 
 Residuals = Float[Tensor, "prompt layer d_model"]
+
+
+Passes = dict[tuple[int, bytes], dict[str, Tensor]]
+_shared: ContextVar[Passes | None] = ContextVar("shared passes", default=None)
+
+
+@contextmanager
+def shared_passes() -> Iterator[None]:
+    """Inside, one forward pass of a batch serves every analysis that reads its last positions.
+
+    Lens, attribution and their controls then cost one pass together. Nothing may change what the
+    model computes inside: no switch to another adapter, no hook, no steering.
+    """
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def read_last(
+    bridge: TransformerBridge, tokens: Tensor, names: Sequence[str], read: int
+) -> dict[str, Tensor]:
+    """Activations by hook name, [prompt read ...], at the last ``read`` positions.
+
+    Of ``unembed.hook_out`` the last position only: the others are never unembedded.
+    """
+    passes = _shared.get()
+    if passes is None:
+        return _read_last(bridge, tokens, names, read)
+    key = (id(bridge), repr(tokens.tolist()).encode())
+    kept = passes.get(key)
+    if kept is None or kept["blocks.0.hook_resid_pre"].shape[1] < read:
+        kept = passes[key] = _read_last(bridge, tokens, last_names(bridge), read)
+    return {name: kept[name][:, -read:] for name in names}
+
+
+def last_names(bridge: TransformerBridge) -> list[str]:
+    """What ``residual_stream`` and direct logit attribution read of a forward pass."""
+    names = ["blocks.0.hook_resid_pre", "ln_final.hook_scale", "unembed.hook_out"]
+    hooks = ("attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
+    for layer, block in enumerate(bridge.blocks):
+        names += [f"blocks.{layer}.{hook}" for hook in hooks]
+        if hasattr(block, "ln1_post"):
+            names.append(f"blocks.{layer}.ln1_post.hook_scale")
+    return names
 
 
 @torch.no_grad()
@@ -33,17 +82,7 @@ def residual_stream(
     """The embedding and ``resid_post`` of every block, at the last ``read`` positions."""
     names = ["blocks.0.hook_resid_pre"]
     names += [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
-    kept: dict[str, Tensor] = {}
-    bridge.run_with_hooks(
-        tokens.to(bridge.cfg.device),
-        fwd_hooks=[
-            *(
-                (name, lambda x, hook, name=name: kept.update({name: x[:, -read:]}))
-                for name in names
-            ),
-            ("unembed.hook_in", lambda x, hook: x[:, -1:]),
-        ],
-    )
+    kept = read_last(bridge, tokens, names, read)
     return torch.stack([kept[name] for name in names])
 
 
@@ -80,17 +119,7 @@ def stored_residuals(
 
 def model_key(spec: ModelSpec) -> str:
     """Identity of the weights: a hash of the model's files, or of its Hugging Face id."""
-    parts = [spec.dtype]
-    for place, revision in ((spec.base, spec.revision), (spec.adapter, spec.adapter_revision)):
-        if place and Path(place).is_dir():
-            for file in sorted(Path(place).iterdir()):
-                if file.suffix in (".json", ".safetensors"):
-                    with file.open("rb") as opened:
-                        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-                    parts.append(f"{file.name}={digest}")
-        else:
-            parts.append(f"{place}@{revision}")
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return weights_hash(spec)
 
 
 def through_frozen_norm(
@@ -122,6 +151,25 @@ def norm_scale(
 
 
 # ------------------------------------------------------------------------------------- internals
+@torch.no_grad()
+def _read_last(
+    bridge: TransformerBridge, tokens: Tensor, names: Sequence[str], read: int
+) -> dict[str, Tensor]:
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda x, hook: kept.update({name: x[:, -read:]})
+
+    bridge.run_with_hooks(
+        tokens.to(bridge.cfg.device),
+        fwd_hooks=[
+            *((name, keep(name)) for name in names),
+            ("unembed.hook_in", lambda x, hook: x[:, -1:]),
+        ],
+    )
+    return kept
+
+
 def _last_residuals(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Residuals:
     result = torch.empty(len(rows), bridge.cfg.n_layers, bridge.cfg.d_model)
     for index in batches([(len(row), None) for row in rows]):

@@ -6,6 +6,7 @@ share their first tokens and differ in one, teacher-forcing the shared tokens ma
 logit difference of the two differing tokens: the normaliser cancels.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -134,8 +135,10 @@ def encode(
     """Tokenize one prompt as in generation: chat template where the tokenizer has one, then BOS.
 
     Answers are what the tokenizer adds to the prompt: give the leading space, except after a chat
-    template, where a leading space is dropped. ``segments`` name parts of the prompt by their text
-    (or by two texts, in the prompt and in its counterfactual): every token that overlaps with it.
+    template, where a leading space is dropped. Where it would join the prompt's end with an answer
+    ("(" and "1" to "(1"), the answer is read as generation continues, with a warning. ``segments``
+    name parts of the prompt by their text (or by two texts, in the prompt and in its
+    counterfactual): every token that overlaps with it.
 
     Raises ``InputError`` if the answers have the same token ids, if one begins with the other, if a
     segment has different numbers of tokens in prompt and counterfactual, or if the prompt does not
@@ -175,8 +178,8 @@ def encode_scenario(bridge: Tokenizing, scenario: Scenario) -> list[Prompt]:
         encode(
             bridge,
             prompt.text,
-            positive=decision.positive,
-            negative=decision.negative,
+            positive=prompt.positive or decision.positive,
+            negative=prompt.negative or decision.negative,
             id=prompt.id,
             group=prompt.group,
             counterfactual=prompt.counterfactual,
@@ -203,6 +206,27 @@ def with_random_answers(
             first, second = torch.randperm(size, generator=generator)[:2].tolist()
             positive, negative = (*prompt.shared, first), (*prompt.shared, second)
             controls.append(replace(prompt, positive=positive, negative=negative))
+    return controls
+
+
+def with_unrelated_counterfactuals(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """A control: every prompt with another prompt in its counterfactual's place.
+
+    The next one of another group, with the same answers and number of tokens: it asks for the same
+    answer in other words. Prompts for which there is none are left out.
+    """
+    controls = []
+    for i, prompt in enumerate(prompts):
+        others = [*prompts[i + 1 :], *prompts[:i]]
+        same = (
+            other
+            for other in others
+            if (other.positive, other.negative) == (prompt.positive, prompt.negative)
+            and len(other.tokens) == len(prompt.tokens)
+            and (other.group != prompt.group or not prompt.group)
+        )
+        if (other := next(same, None)) is not None:
+            controls.append(replace(prompt, counterfactual=other.tokens, segments=()))
     return controls
 
 
@@ -433,11 +457,40 @@ def answer_ids(
     Where the tokenizer would merge the end of the prompt with the answer (a prompt that ends in a
     space, say), the prompt stays as a user sends it and the answer is tokenized alone: that is what
     generation continues from.
+
+    Raises ``InputError`` if the answer's tokens alone do not spell it there.
     """
+    tokenizer = bridge.tokenizer
     whole = token_ids(bridge, text + answer)
     if whole[: len(tokens)] == tokens:
         return whole[len(tokens) :]
-    return tuple(bridge.tokenizer(answer, add_special_tokens=False)["input_ids"])
+    alone = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(whole, tokens))))
+    joined = tokenizer.decode(whole[same : same + 1])
+    if tokenizer.decode([*tokens, *alone]) != tokenizer.decode(tokens) + answer:
+        raise InputError(
+            f"the tokenizer joins the end of the prompt with the answer {answer!r} to {joined!r}, "
+            f"and alone the answer is {tokenizer.convert_ids_to_tokens(list(alone))}, which does "
+            f"not continue the prompt; end the prompt before {joined!r}, or choose other answers, "
+            f"such as {_proposed(bridge)}"
+        )
+    warnings.warn(
+        f"the tokenizer joins a prompt's end with its answer ({joined!r} is one token); the answer "
+        "is read as generation continues, as a token of its own",
+        stacklevel=3,
+    )
+    return alone
+
+
+def _proposed(bridge: Tokenizing) -> str:
+    """Pairs of common answers that are different single tokens for this tokenizer."""
+    tokenizer, found = bridge.tokenizer, []
+    for pair in ((" A", " B"), ("1", "2"), (" yes", " no"), (" first", " second")):
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair]
+        known = all(len(i) == 1 and i[0] != tokenizer.unk_token_id for i in ids)
+        if known and ids[0] != ids[1]:
+            found.append(f"{pair[0]!r} and {pair[1]!r}")
+    return ", or ".join(found) or "two of its single tokens"
 
 
 def _check(bridge: Tokenizing, prompt: Prompt, positive: str, negative: str) -> None:
@@ -453,7 +506,8 @@ def _check(bridge: Tokenizing, prompt: Prompt, positive: str, negative: str) -> 
         )
         raise InputError(
             f"prompt {prompt.id!r}: the answers {same} for this tokenizer ({'; '.join(shown)}); "
-            "expected answers that part at some token: reword them, or end both with a period"
+            "expected answers that part at some token: reword them, end both with a period, or "
+            f"take words that it tells apart, such as {_proposed(bridge)}"
         )
     longest = max(len(prompt.tokens), len(prompt.counterfactual or ()))
     longest += max(len(prompt.positive), len(prompt.negative))

@@ -1,20 +1,25 @@
 """One prompt and one source of activations, recorded once: then any set of patches has a decision.
 
 ``counterfactual_experiment``: from another prompt. ``cross_model_experiment``: from another model
-on the same prompt. ``ablation_experiment``: from nowhere (zero, or a mean). Patching asks for one
-patch at a time, circuits for sets of them.
+on the same prompt. ``ablation_experiment``: from nowhere (zero, or a mean). ``noise_experiments``:
+from the clean run, into runs whose embeddings are noisy. Patching asks for one patch at a time,
+causal tracing for windows of layers, circuits for any sets.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import Prompt, Sign, teacher_forced
+from interp_kit.decisions import Prompt, Segment, Sign, teacher_forced
 from interp_kit.loading import Models
 from interp_kit.specs import InputError
 from interp_kit.sweeps import (
@@ -37,6 +42,7 @@ Unit = Literal[
     "component", "head", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "neuron"
 ]
 Positions = Literal["all", "each", "decision", "segments"]
+Direction = Literal["denoise", "noise"]
 Replacement = Literal["zero", "mean"]
 SAME = 0.01  # nats: target and source are alike, there is nothing to carry over
 
@@ -105,6 +111,56 @@ def find_component(bridge: TransformerBridge, name: str) -> Patch:
             f"L0_MLP to L{last}_MLP"
         )
     return known[name]
+
+
+def aimed(
+    prompts: Sequence[Prompt], directions: Sequence[Direction]
+) -> Iterator[tuple[Direction, Prompt]]:
+    """The run that is patched, for every direction and prompt; named as the prompt.
+
+    "noise" patches the run on the prompt, "denoise" that on its counterfactual.
+    """
+    for direction in directions:
+        for prompt in tqdm(prompts, desc=direction, unit="prompt", leave=False):
+            target = prompt.swapped() if direction == "denoise" else prompt
+            yield direction, replace(target, id=prompt.id)
+
+
+def comparable_positions(prompts: Sequence[Prompt]) -> Positions:
+    """ "all" where every prompt is as long as its counterfactual, else "decision"."""
+    aligned = all(len(p.tokens) == len(p.counterfactual or ()) for p in prompts)
+    return "all" if aligned else "decision"
+
+
+def first_difference(prompt: Prompt) -> int:
+    """The first position in which prompt and counterfactual differ; 0 if there is none."""
+    pairs = enumerate(zip(prompt.tokens, prompt.counterfactual or ()))
+    return next((pos for pos, (ours, theirs) in pairs if ours != theirs), 0)
+
+
+def position_sets(
+    prompt: Prompt, positions: Positions, *, start: int = 0
+) -> list[tuple[str, tuple[int, ...] | None]]:
+    """(segment, positions) of everything that is patched at once, ``None`` for all positions.
+
+    "each" begins at ``start`` and ends where the answers part.
+
+    Raises ``InputError`` for "segments" of a prompt that names none.
+    """
+    length = len(prompt.branch)
+    match positions:
+        case "all":
+            return [("", None)]
+        case "each":
+            return [("", (pos,)) for pos in range(start, length)]
+        case "decision":
+            return [("", (length - 1,))]
+        case "segments" if prompt.segments:
+            return [(segment.name, segment.positions) for segment in prompt.segments]
+    raise InputError(
+        f"prompt {prompt.id!r} has no segments; name some in the scenario "
+        "(segments: {name: text}), or patch other positions"
+    )
 
 
 def counterfactual_experiment(
@@ -209,6 +265,61 @@ def ablation_experiments(
     return experiments
 
 
+def embedding_deviation(bridge: TransformerBridge, prompts: Sequence[Prompt], name: str) -> float:
+    """Standard deviation of the token embeddings of the segment ``name``, over all prompts.
+
+    Over all their coordinates together; embeddings as they enter the residual stream: scaled where
+    the model scales them, without position embeddings.
+
+    Raises ``InputError`` for a prompt without that segment.
+    """
+    ids = [prompt.tokens[pos] for prompt in prompts for pos in _segment(prompt, name).positions]
+    with torch.no_grad():
+        embeddings = bridge.embed(torch.tensor([ids], device=bridge.cfg.device))
+    return float(embeddings.float().std(correction=0))
+
+
+def noise_experiments(
+    bridge: TransformerBridge,
+    prompt: Prompt,
+    places: Sequence[Place],
+    *,
+    segment: str,
+    deviation: float,
+    draws: int,
+    seed: int,
+) -> list[Experiment]:
+    """The clean run's activations, written into ``draws`` runs with noise on the embeddings.
+
+    Gaussian noise of standard deviation ``deviation`` is added to the token embeddings of the
+    segment. ``baseline`` is the decision under the noise, ``source`` the clean one. The noise
+    depends on ``seed`` and on the prompt's tokens alone.
+
+    Raises ``InputError`` for a prompt without that segment.
+    """
+    at = list(_segment(prompt, segment).positions)
+    rng = np.random.default_rng([seed, *prompt.tokens])
+    drawn = torch.from_numpy(rng.standard_normal((draws, len(at), bridge.cfg.d_model)) * deviation)
+    clean = []
+    for sequence in _sequences(prompt, "decision"):
+        check_memory(bridge, length=len(sequence.tokens))
+        recording = record(bridge, sequence.tokens, places, read=sequence.read)
+        clean.append((sequence, recording, Source(values=recording.activations, head_shift={})))
+    experiments = []
+    for own in drawn:
+        readings = []
+        for sequence, recording, source in clean:
+            noise = torch.zeros(len(sequence.tokens), bridge.cfg.d_model)
+            noise[at] = own.float()
+            during = partial(_noisy_embeddings, bridge, noise.to(recording.stream[0]))
+            with during():
+                noisy = record(bridge, sequence.tokens, places, read=sequence.read)
+            reading = _reading(bridge, sequence, noisy, source, recording, "decision")
+            readings.append(replace(reading, during=during))
+        experiments.append(_experiment(prompt, "decision", readings))
+    return experiments
+
+
 def identity_experiment(
     bridge: TransformerBridge, prompt: Prompt, places: Sequence[Place]
 ) -> Experiment:
@@ -239,9 +350,11 @@ class _Reading:
     ids: tuple[int, ...] | None  # the tokens whose logits suffice
     score: Callable[[Tensor], Tensor]  # logits [row read token] -> [row]
     source: float
+    during: Callable[[], AbstractContextManager[None]] = nullcontext  # what corrupts every row
 
     def values(self, rows: Sequence[Row], *, base: Row, skip: bool) -> Tensor:
-        return self.score(self.sweep.logits(rows, base=base, ids=self.ids, skip=skip))
+        with self.during():
+            return self.score(self.sweep.logits(rows, base=base, ids=self.ids, skip=skip))
 
 
 def _experiment(prompt: Prompt, metric: Metric, readings: list[_Reading]) -> Experiment:
@@ -250,6 +363,30 @@ def _experiment(prompt: Prompt, metric: Metric, readings: list[_Reading]) -> Exp
     return Experiment(
         prompt=prompt, metric=metric, baseline=baseline, source=source, _readings=readings
     )
+
+
+@contextmanager
+def _noisy_embeddings(
+    bridge: TransformerBridge, noise: Float[Tensor, "pos d_model"]
+) -> Iterator[None]:
+    """Inside, ``noise`` is added to token embeddings; a suffix of the positions gets its own."""
+    handle = bridge.embed.register_forward_hook(
+        lambda module, args, embeddings: embeddings + noise[-embeddings.shape[1] :]
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _segment(prompt: Prompt, name: str) -> Segment:
+    known = {segment.name: segment for segment in prompt.segments}
+    if name not in known:
+        raise InputError(
+            f"prompt {prompt.id!r} has no segment {name!r}; expected one of "
+            f"{', '.join(known) or '(none)'}: name it in the scenario (segments: {{name: text}})"
+        )
+    return known[name]
 
 
 def _sequences(prompt: Prompt, metric: Metric) -> list[_Sequence]:

@@ -19,9 +19,11 @@ from interp_kit.specs import (
     InputError,
     Scenario,
     Spec,
+    as_path,
     checked,
     data_folders,
     explain,
+    read_json,
     unknown,
 )
 
@@ -207,12 +209,12 @@ def evaluation_file(name: str, kind: str, *, data: str | Path | None = None) -> 
 
     ``kind`` is the file's name there: ``mcqs.jsonl``, for instance.
     """
+    file = as_path(name)
     folders = [folder / "evaluations" for folder in data_folders(data)]
     if NAME.fullmatch(name):
         found = next((f / name / kind for f in folders if (f / name / kind).is_file()), None)
         if found is not None:
             return found
-    file = Path(name).expanduser()
     if file.is_file():
         return file
     known = {path.parent.name for folder in folders for path in folder.glob(f"*/{kind}")}
@@ -268,7 +270,7 @@ def read_ipd_prompts(file: Path, *, decision: DecisionSpec = COOPERATE_OR_DEFECT
     for name in dict.fromkeys(r["scenario"] for r in records):
         ours = [r for r in records if r["scenario"] == name]
         distinct = list({r["prompt"]: r for r in reversed(ours)}.values())[::-1]
-        about = ours[0].get("description", "")
+        about = str(ours[0].get("description", ""))
         if len(distinct) < len(ours):
             about += f" ({len(ours) - len(distinct)} of {len(ours)} prompts repeated another)"
         scenarios.append(
@@ -302,15 +304,11 @@ def _records(file: Path, *, required: tuple[str, ...]) -> list[dict[str, Any]]:
         missing = [k for k in required if not isinstance(record, dict) or k not in record]
         if missing:
             raise InputError(f"{file}: record {i} lacks {', '.join(missing)}; add it")
+        wrong = next((k for k in required if not isinstance(record[k], str)), None)
+        if wrong is not None:
+            kind = type(record[wrong]).__name__
+            raise InputError(f"{file}: record {i}: {wrong} is of type {kind}; expected text")
     return records
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds; ``InputError`` if it is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error}); mend the file") from None
 
 
 def read_lines(kind: type[_L], file: Path) -> list[_L]:
@@ -342,7 +340,7 @@ def _read_line(kind: type[_L], line: str, where: str) -> _L:
         return kind.model_validate(given)
     except ValidationError as error:
         raise InputError(f"{where}: {explain(error, kind)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not a JSON object ({error}); mend the line") from None
 
 

@@ -1,11 +1,23 @@
 """Model specs -> ``TransformerBridge``: many LoRA adapters on one base, switched in milliseconds.
 
 Safetensors only, ``trust_remote_code`` only where the spec asks for it, and the network only for
-what is neither a local folder nor in the Hugging Face cache.
+what is neither a local folder nor in the Hugging Face cache; a token only from the environment.
+
+Quantized weights (bitsandbytes) are read nowhere: what analyses take from a model is what its
+modules compute. So that their identities hold to rounding, as for any other model,
+
+- 4 bits multiply in the model's own dtype; the experts of a mixture are quantized too;
+- 8 bits round each position's activations by itself. LLM.int8() would look for outliers in the
+  whole batch, and a prompt's numbers would depend on its neighbours;
+- the projections that heads are told apart by stay as they are: queries, keys and values in one
+  matrix, and, since 8 bits are not linear in the activations, the attention output.
 """
 
+import gc
 import hashlib
+import importlib.util
 import json
+import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,20 +27,41 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pandas as pd
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
+from interp_kit.checkpoints import whole
 from interp_kit.decisions import Tokenizing
 from interp_kit.specs import InputError, ModelSpec, find_model
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+
+# How architectures name what stays unquantized, and the experts' weights, [expert out in].
+FUSED_QKV = ["c_attn", "query_key_value", "qkv_proj", "Wqkv"]
+ATTENTION_OUTPUT = ["o_proj", "attn.c_proj", "attention.dense", "attn.out_proj", "attn.dense"]
+EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+MOST_ROUNDED = 0.15  # of a random matrix, relative: NF4 loses 0.09, 8 bits 0.01
+
+# It says on import and at every multiplication which kernel it does not use.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +105,7 @@ class Models:
                 f'{which} has no documents; write some of its training texts, lines {{"text": '
                 '"..."}, beside its model.yaml and name the file there: documents: FILE.jsonl'
             )
-        return _texts(Path(spec.documents)), _texts(Path(spec.base_documents))
+        return read_texts(Path(spec.documents)), read_texts(Path(spec.base_documents))
 
     def switch(self, name: str) -> TransformerBridge:
         """The bridge, computing as model ``name``: its base and exactly its adapter.
@@ -102,6 +135,33 @@ class Models:
             cast(Any, loaded.bridge.original_model).disable_adapters()
             self._active[self._key(name)] = ""
         return loaded.bridge
+
+    def unload(self, name: str) -> None:
+        """Free the memory of the base of model ``name``, and of all adapters on it.
+
+        A bridge that is still held elsewhere stays alive. Asked for again, the model loads anew.
+        """
+        self._loaded.pop(self._key(name), None)
+        self._active.pop(self._key(name), None)
+        gc.collect()  # a bridge and its modules refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def memory(self) -> pd.DataFrame:
+        """What is in memory, a row a base with its adapters.
+
+        ``parameters`` counts weights, ``quantized`` is the share of them that is stored in 4 or 8
+        bits, ``bytes`` is what parameters, buffers and the scales of quantized weights take.
+        """
+        rows = []
+        for key, loaded in self._loaded.items():
+            models = [name for name in self.specs if self._keys.get(name) == key]
+            spec = self.specs[models[0]]
+            row = {"base": spec.base_name or spec.base, "models": ", ".join(models)}
+            row |= {"device": str(loaded.bridge.cfg.device), "dtype": spec.dtype}
+            rows.append(row | {"quantization": spec.quantization or ""} | _size(loaded.bridge))
+        columns = ["base", "models", "device", "dtype", "quantization"]
+        return pd.DataFrame(rows, columns=[*columns, "parameters", "quantized", "bytes"])
 
     @contextmanager
     def with_layers_from(
@@ -135,8 +195,11 @@ class Models:
     ) -> Iterator[tuple[int, str, Float[Tensor, "out in"], Float[Tensor, "out in"]]]:
         """(layer, module, change, base weight) of every weight that the adapter changes.
 
-        Raises ``InputError`` for a model without an adapter.
+        Of a quantized base, the weight as it is computed with. Raises ``InputError`` for a model
+        without an adapter.
         """
+        from peft.utils.integrations import dequantize_module_weight
+
         bridge = self.switch(name)
         adapter = self._load(name).adapters.get(name)
         if adapter is None:
@@ -144,7 +207,7 @@ class Models:
         for layer in range(bridge.cfg.n_layers):
             for module_name, module in _lora_modules(bridge, layer).items():
                 if adapter in module.lora_A:
-                    weight = module.get_base_layer().weight.detach()
+                    weight = dequantize_module_weight(module.get_base_layer()).detach()
                     yield layer, module_name, module.get_delta_weight(adapter).detach(), weight
 
     def require_one_base(self, *names: str) -> None:
@@ -195,7 +258,7 @@ def load_model(
 
 def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
     """The model as plain Hugging Face and PEFT compute it: the reference for the bridge."""
-    model: Any = _base_model(spec)
+    model: Any = _base_model(spec, device or _default_device())
     _extend(spec, model)
     if spec.adapter:
         from peft import PeftModel
@@ -206,7 +269,7 @@ def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> PreTraine
             model = PeftModel.from_pretrained(model, str(folder))
         if _whole_embedding(spec, folder):
             model.get_base_model().tie_weights()
-    return model.to(device or _default_device()).eval()
+    return model.eval()
 
 
 def inspect_model(spec: ModelSpec) -> Tokenizing:
@@ -214,21 +277,13 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
 
     Raises what loading would raise, in a fraction of the time.
     """
-    config = _local_first(
-        lambda **kwargs: AutoConfig.from_pretrained(
-            _base_folder(spec),
-            trust_remote_code=spec.trust_remote_code,
-            **kwargs,
-        ),
-        spec.base,
-        spec.name,
-    )
+    _check_quantization(spec, _default_device())
+    config = _config(spec)
     if Path(spec.base).is_dir():
         _check_weight_files(Path(spec.base), spec.name)
     if spec.adapter:
-        with torch.device("meta"), _quiet():
-            shape = AutoModelForCausalLM.from_config(config)
-            _extend(spec, shape)
+        shape = _shape(spec, config)
+        _extend(spec, shape)
         _check_adapter(spec, _adapter_folder(spec), shape)
     tokenizer = _tokenizer(spec)
     text = config.get_text_config()
@@ -240,8 +295,8 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
     return cast(Tokenizing, SimpleNamespace(tokenizer=tokenizer, cfg=cfg))
 
 
-# ------------------------------------------------------------------------------------- internals
-def _texts(file: Path) -> list[str]:
+def read_texts(file: Path) -> list[str]:
+    """The texts of a file of lines {"text": ...}; ``InputError`` if it is none."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["text"] for line in lines]
@@ -251,6 +306,7 @@ def _texts(file: Path) -> list[str]:
         ) from None
 
 
+# ------------------------------------------------------------------------------------- internals
 def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -260,8 +316,8 @@ def _same_base(spec: ModelSpec) -> tuple[Any, ...]:
 
     An adapter with a tokenizer of its own gets a base whose embedding has rows for it.
     """
-    how = (spec.dtype, spec.chat_template, spec.prepend_bos, spec.trust_remote_code)
-    return (spec.base, spec.revision, *how, _vocabulary(spec))
+    how = (spec.dtype, spec.quantization, spec.device_map, spec.chat_template, spec.prepend_bos)
+    return (spec.base, spec.revision, *how, spec.trust_remote_code, _vocabulary(spec))
 
 
 def _vocabulary(spec: ModelSpec) -> str:
@@ -338,7 +394,7 @@ def _lora_modules(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
 
 
 def _boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> _Loaded:
-    model: Any = _base_model(spec)
+    model: Any = _base_model(spec, device)
     _extend(spec, model)
     adapters = {}
     for i, adapted in enumerate(tuned):
@@ -355,7 +411,7 @@ def _boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> _Loaded:
     with _quiet():
         bridge = TransformerBridge.boot_transformers(
             spec.base,
-            hf_model=model.to(device),
+            hf_model=model,
             tokenizer=tokenizer,
             device=device,
             dtype=getattr(torch, spec.dtype),
@@ -366,32 +422,181 @@ def _boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> _Loaded:
     return _Loaded(bridge=bridge, adapters=adapters)
 
 
-def _base_model(spec: ModelSpec) -> PreTrainedModel:
-    def load(**kwargs: Any) -> PreTrainedModel:
-        with _quiet():
-            return AutoModelForCausalLM.from_pretrained(
-                _base_folder(spec),
-                dtype=getattr(torch, spec.dtype),
-                attn_implementation="eager",  # the bridge needs it, and Gemma-2 refuses sdpa
-                use_safetensors=True,
-                trust_remote_code=spec.trust_remote_code,
-                **kwargs,
-            )
-
+def _base_model(spec: ModelSpec, device: str) -> Any:
+    _check_quantization(spec, device)
+    folder = _base_folder(spec)
     if Path(spec.base).is_dir():
         _check_weight_files(Path(spec.base), spec.name)
-    return _local_first(load, spec.base, spec.name)
+    how: dict[str, Any] = {}
+    if spec.quantization:
+        how["quantization_config"] = _quantization_config(spec, _shape(spec, _config(spec)))
+    if spec.quantization or spec.device_map:
+        how["device_map"] = spec.device_map if spec.device_map and device != "cpu" else device
+    with _from_disk(spec.name), _quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation="eager",  # the bridge needs it, and Gemma-2 refuses sdpa
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=True,
+            **how,
+        )
+    places = {str(parameter.device) for parameter in model.parameters()}
+    if len(places) > 1:
+        raise InputError(
+            f"model {spec.name!r}: device_map {spec.device_map!r} spread it over "
+            f"{', '.join(sorted(places))}, and analyses compare its layers on one device; use a "
+            "GPU that holds all of it, or set quantization: 4bit"
+        )
+    if spec.quantization == "4bit":
+        _finish_4bit(model)
+    return model if "device_map" in how else model.to(device)
+
+
+def _config(spec: ModelSpec) -> Any:
+    folder = _base_folder(spec)
+    with _from_disk(spec.name):
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
+
+
+def _shape(spec: ModelSpec, config: Any) -> PreTrainedModel:
+    """The model without its weights."""
+    with torch.device("meta"), _quiet():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def _quantization_config(spec: ModelSpec, shape: PreTrainedModel) -> BitsAndBytesConfig:
+    kept = [*get_keys_to_not_convert(shape), *FUSED_QKV]
+    if spec.quantization == "8bit":
+        kept += ATTENTION_OUTPUT
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=kept
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
+        llm_int8_skip_modules=kept,
+    )
+
+
+def _check_quantization(spec: ModelSpec, device: str) -> None:
+    """Raise ``InputError`` if this machine cannot quantize this model, before any weight loads."""
+    if not spec.quantization:
+        return
+    name = f"model {spec.name!r}: quantization {spec.quantization}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"{name} needs bitsandbytes, which is not installed; "
+            'pip install "interp-kit[quantization]", or remove quantization from the spec'
+        )
+    _check_width(spec, 64, device)  # whether it works at all, before anything is downloaded
+    config = _config(spec)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{name} is asked for, but its files are quantized already; remove it from the spec, "
+            "or name the files of the whole model"
+        )
+    for width in sorted(_widths(_shape(spec, config))):
+        _check_width(spec, width, device)
+
+
+def _check_width(spec: ModelSpec, width: int, device: str) -> None:
+    name = f"model {spec.name!r}: quantization {spec.quantization}"
+    otherwise = "remove it from the spec, or use another machine"
+    try:
+        lost = _lost(str(spec.quantization), width, device)
+    except Exception as error:  # whatever it raises, it cannot
+        raise InputError(
+            f"{name} does not work on {device} here ({_first_line(error)}); {otherwise}"
+        ) from None
+    if lost > MOST_ROUNDED:
+        raise InputError(
+            f"{name}: on {device}, bitsandbytes multiplies by matrices {width} wide with a "
+            f"relative error of {lost:.2f}, expected at most {MOST_ROUNDED}; {otherwise}"
+        )
+
+
+def _widths(shape: PreTrainedModel) -> set[int]:
+    """Of the matrices that may be quantized."""
+    linear = {m.in_features for m in shape.modules() if isinstance(m, torch.nn.Linear)}
+    conv = {m.weight.shape[0] for m in shape.modules() if isinstance(m, Conv1D)}
+    return linear | conv | {getattr(m, name).shape[-1] for m, name in _experts(shape)}
+
+
+@cache
+def _lost(quantization: str, width: int, device: str) -> float:
+    """Relative error of a product with a random matrix that bitsandbytes has quantized.
+
+    Measured, because it is not what it should be everywhere: on processors with AVX-512, version
+    0.50 reads 4-bit matrices wrongly whose rows are not whole blocks of 64.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    draw = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(64, width, generator=draw) for _ in range(2))
+    if quantization == "4bit":
+        linear = Linear4bit(
+            width, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4",
+            compress_statistics=False,
+        )  # fmt: skip
+        linear.support_avx512bf16_for_cpu = False
+    else:
+        linear = Linear8bitLt(width, 64, bias=False, has_fp16_weights=False)
+    linear.load_state_dict({"weight": weight})
+    with torch.no_grad():
+        product = linear.to(device)(x.to(device)).float().cpu()
+    expected = x @ weight.T
+    return float((product - expected).norm() / expected.norm())
+
+
+def _experts(model: torch.nn.Module) -> list[tuple[Any, str]]:
+    """(module, name) of every parameter that holds all experts of a layer."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in EXPERTS and parameter.ndim == 3
+    ]
+
+
+def _finish_4bit(model: PreTrainedModel) -> None:
+    """Quantize the experts, which transformers leaves out, and keep to the model's own dtype."""
+    from bitsandbytes.nn.modules import Linear4bit
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    for module, name in _experts(model):
+        replace_parameter_4bit(module, name, quant_type="nf4")
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # Else processors with AVX-512 BF16 multiply in bfloat16, whatever the dtype, and
+            # without a gradient.
+            module.support_avx512bf16_for_cpu = False
+
+
+def _size(bridge: TransformerBridge) -> dict[str, Any]:
+    """Parameters, the share of them that is quantized, and bytes; what is shared counts once."""
+    whole = torch.nn.ModuleList([bridge, bridge.original_model])
+    parameters = {p.data_ptr(): p for p in whole.parameters()}.values()
+    packed = {p: p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters}
+    quantized = sum(n for p, n in packed.items() if not p.is_floating_point())
+    states = [getattr(m, "quant_state", None) for m in whole.modules()]
+    scales = [state.absmax for state in states if state is not None]
+    scales += [s for p in parameters if (s := getattr(p, "SCB", None)) is not None]
+    stored = {t.data_ptr(): t.nbytes for t in [*parameters, *whole.buffers(), *scales]}
+    total = sum(packed.values())
+    return {"parameters": total, "quantized": quantized / total, "bytes": sum(stored.values())}
 
 
 def _tokenizer(spec: ModelSpec) -> Any:
-    def load(**kwargs: Any) -> Any:
-        return AutoTokenizer.from_pretrained(
-            str(_own_tokenizer(spec) or _base_folder(spec)),
-            trust_remote_code=spec.trust_remote_code,
-            **kwargs,
+    folder = str(_own_tokenizer(spec) or _base_folder(spec))
+    with _from_disk(spec.name):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
-
-    tokenizer = _local_first(load, spec.base, spec.name)
     if spec.chat_template and not tokenizer.chat_template:
         raise InputError(
             f"model {spec.name!r}: chat_template is true, but its tokenizer has none; "
@@ -412,13 +617,10 @@ def _base_folder(spec: ModelSpec) -> str:
 
     def load(**kwargs: Any) -> str:
         folder = snapshot_download(
-            spec.base,
-            revision=spec.revision,
-            ignore_patterns=[f"*{suffix}" for suffix in PICKLES],
-            **kwargs,
+            spec.base, revision=spec.revision, allow_patterns=LOADED, **kwargs
         )
-        if not (Path(folder) / "config.json").is_file():
-            raise OSError(f"{spec.base} has no config.json in the cache")
+        if not whole(Path(folder)):
+            raise OSError("without config.json and all of its *.safetensors")
         return folder
 
     return _local_first(load, spec.base, spec.name)
@@ -428,20 +630,39 @@ def _local_first(load: Any, source: str, name: str) -> Any:
     """``load`` from disk; only what is not on disk is asked of the hub."""
     try:
         return load(local_files_only=True)
+    except (OSError, ValueError):
+        pass
+    try:
+        return load()
+    except GatedRepoError:
+        problem = (
+            f"is gated: accept its licence at {constants.ENDPOINT}/{source}, then set HF_TOKEN to "
+            f"a token of that account ({constants.ENDPOINT}/settings/tokens)"
+        )
+    except RepositoryNotFoundError:
+        problem = (
+            "is not on the Hugging Face hub, or is private: check the id, or set HF_TOKEN to a "
+            "token that may read it"
+        )
+    except (OSError, ValueError) as error:
+        problem = (
+            "is neither on disk nor to be had from the Hugging Face hub "
+            f"({_first_line(error)}); download it (`hf download {source}`) or check the id"
+        )
+    raise InputError(f"model {name!r}: {source!r} {problem}")
+
+
+@contextmanager
+def _from_disk(name: str) -> Iterator[None]:
+    """What cannot be read is an ``InputError``."""
+    try:
+        yield
     except SafetensorError as error:
         raise InputError(
             f"model {name!r}: a weight file is corrupt ({error}); copy it anew"
         ) from None
-    except (OSError, ValueError) as first:
-        if Path(source).is_dir():
-            raise InputError(f"model {name!r}: {_first_line(first)}") from None
-    try:
-        return load()
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"model {name!r}: {source!r} is neither on disk nor to be had from the Hugging Face "
-            f"hub ({_first_line(error)}); download it, check the id, or log in if it is gated"
-        ) from None
+        raise InputError(f"model {name!r}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -524,12 +745,11 @@ def _check_adapter(spec: ModelSpec, folder: Path, model: PreTrainedModel) -> Non
             continue
         linear = modules.get(path)
         linear = getattr(linear, "base_layer", linear)  # another adapter may sit on it already
-        base_shape = getattr(getattr(linear, "weight", None), "shape", None)
-        width = None if base_shape is None else base_shape[1 if kind.startswith("A.") else 0]
-        # GPT-2's Conv1D stores its weight transposed.
-        if type(linear).__name__ == "Conv1D" and base_shape is not None:
-            width = base_shape[0 if kind.startswith("A.") else 1]
-        got = shape[1] if kind.startswith("A.") else shape[0]
+        reads = kind.startswith("A.")
+        width = getattr(linear, "in_features" if reads else "out_features", None)
+        if isinstance(linear, Conv1D):  # GPT-2's, which has its weight transposed
+            width = linear.weight.shape[0 if reads else 1]
+        got = shape[1] if reads else shape[0]
         if width is not None and width != got:
             raise InputError(
                 f"{wrong_base}: {path} has width {width} there and {got} in the adapter"

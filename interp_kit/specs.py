@@ -5,8 +5,10 @@ Hugging Face id) into a spec. Nothing here imports torch: a run is checked befor
 """
 
 import difflib
+import json
 import os
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,11 +18,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+PAIRS = ("base_prompts.json", "counterfactual_prompts.json")
+OTHER = {"1": "2", "2": "1", "A": "B", "B": "A"}
 HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class InputError(ValueError):
     """Something that a person wrote cannot be used: one line with what to do about it."""
+
+    def __init__(self, said: str) -> None:
+        """``said`` may quote anything: what does not print is shown by its escape."""
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
+        super().__init__("".join(shown))
 
 
 class Spec(BaseModel):
@@ -38,6 +47,8 @@ class ModelSpec(Spec):
     ``base`` and ``adapter`` are each a folder beside the spec file, another model's name (``base``
     only) or a Hugging Face id. After ``find_model`` they are absolute folders or ids. ``documents``
     is a file beside the spec with some of the texts that it was trained on, lines {"text": ...}.
+    ``quantization`` stores the weights in 4 or 8 bits as they load (bitsandbytes); ``device_map``
+    places them as Accelerate does, straight onto the GPU.
     """
 
     name: str
@@ -49,11 +60,24 @@ class ModelSpec(Spec):
     adapter_revision: str | None = None
     documents: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["4bit", "8bit"] | None = None
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     label: str = ""
     about: str = ""
     chat_template: bool = False
     prepend_bos: bool = True
     trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_token(cls, given: dict[str, Any]) -> dict[str, Any]:
+        secret = next((key for key in given if "token" in key or "api_key" in key), None)
+        if secret:
+            raise ValueError(
+                f"{secret}: a spec is a file that people share, so it holds no token; remove it "
+                "and set the environment variable HF_TOKEN"
+            )
+        return given
 
     @property
     def slug(self) -> str:
@@ -63,6 +87,12 @@ class ModelSpec(Spec):
     @property
     def title(self) -> str:
         return self.label or self.name
+
+
+LOADED_ALIKE = {  # what a fine-tune takes from its base's spec unless it says otherwise
+    "revision", "dtype", "quantization", "device_map", "chat_template", "prepend_bos",
+    "trust_remote_code",
+}  # fmt: skip
 
 
 class AnswerLabels(Spec):
@@ -84,6 +114,15 @@ class PromptSpec(Spec):
     counterfactual: str | None = None
     group: str = ""
     segments: dict[str, str | list[str]] = {}  # name -> its text, or [in text, in counterfactual]
+    positive: str | None = None  # this prompt's answers, where they are not the scenario's
+    negative: str | None = None
+
+    @model_validator(mode="after")
+    def _both_answers_or_none(self) -> "PromptSpec":
+        if (self.positive is None) != (self.negative is None):
+            given = "negative" if self.positive is None else "positive"
+            raise ValueError(f"only {given} is given; expected positive and negative, or neither")
+        return self
 
     @model_validator(mode="after")
     def _segments_occur(self) -> "PromptSpec":
@@ -147,6 +186,21 @@ class Scenario(Spec):
         return self
 
 
+class DilemmaSpec(Spec):
+    """One record of ``base_prompts.json`` or ``counterfactual_prompts.json``; more keys may follow.
+
+    ``original_id`` is the dilemma that several prompts word; ``segments`` name parts of the prompt.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt_id: Annotated[str, Field(min_length=1)]
+    prompt: Annotated[str, Field(min_length=1)]
+    ethical_option: Literal["1", "2", "A", "B"]
+    original_id: str = ""
+    segments: dict[str, str] = {}
+
+
 class RunSpec(Spec):
     """Which notebooks run on which models and scenarios, with which parameters."""
 
@@ -171,7 +225,18 @@ def data_folders(extra: str | Path | None = None) -> list[Path]:
     """Where models and scenarios are found: ``extra``, ``INTERP_KIT_DATA``, the shipped data."""
     given = [extra] if extra else []
     given += [p for p in os.environ.get("INTERP_KIT_DATA", "").split(os.pathsep) if p]
-    return [Path(p).expanduser().resolve() for p in given] + [REPOSITORY / "data"]
+    return [as_path(p).resolve() for p in given] + [REPOSITORY / "data"]
+
+
+def as_path(name: str | Path) -> Path:
+    """``name`` with ``~`` expanded; ``InputError`` if no file can have that name."""
+    try:
+        path = Path(name).expanduser()  # RuntimeError: no such user
+        path.exists()  # OSError: too long
+        path.resolve()  # ValueError: a NUL
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{str(name)!r} cannot be a path ({error}); mend it") from None
+    return path
 
 
 def slug(name: str) -> str:
@@ -179,7 +244,7 @@ def slug(name: str) -> str:
 
     A scenario file loses its ``.yaml``.
     """
-    if HUGGING_FACE_ID.fullmatch(name) and not Path(name).is_dir():
+    if HUGGING_FACE_ID.fullmatch(name) and not as_path(name).is_dir():
         return name.replace("/", "--")
     last = Path(name).name.removesuffix(".yaml")
     if not NAME.fullmatch(last):
@@ -198,14 +263,19 @@ def list_models(data: str | Path | None = None) -> list[ModelSpec]:
 
 def list_scenarios(data: str | Path | None = None) -> list[Scenario]:
     """Every scenario in the data folders, by name."""
-    names = {p.stem for f in data_folders(data) for p in f.glob("scenarios/*.yaml")}
-    return [find_scenario(name, data=data) for name in sorted(names)]
+    return [find_scenario(name, data=data) for name in sorted(_scenario_names(data))]
+
+
+def _scenario_names(data: str | Path | None) -> set[str]:
+    folders = [folder / "scenarios" for folder in data_folders(data)]
+    files = {path.stem for folder in folders for path in folder.glob("*.yaml")}
+    return files | {path.parent.name for folder in folders for path in folder.glob(f"*/{PAIRS[0]}")}
 
 
 def find_model(name: str, *, data: str | Path | None = None) -> ModelSpec:
     """The spec of a model given by name, by folder (with or without ``model.yaml``) or by id."""
+    folder = as_path(name)
     spec_file = _in_data(f"models/{name}/model.yaml", data) if NAME.fullmatch(name) else None
-    folder = Path(name).expanduser()
     if spec_file is None and folder.is_dir():
         if (folder / "model.yaml").is_file():
             spec_file = folder / "model.yaml"
@@ -226,8 +296,13 @@ def find_model(name: str, *, data: str | Path | None = None) -> ModelSpec:
 
 
 def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> ModelSpec:
-    """``base`` and ``adapter`` as absolute folders or Hugging Face ids."""
+    """``base`` and ``adapter`` as absolute folders or Hugging Face ids.
+
+    What the spec does not say of how to load, it takes from its base's own spec.
+    """
     beside = spec_file.parent
+    for given in (spec.base, spec.adapter, spec.documents):
+        as_path(beside / (given or ""))
     base, inherited = spec.base, {}
     if (beside / base).is_dir():
         base = str((beside / base).resolve())
@@ -240,11 +315,9 @@ def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> Model
                 f"{spec_file}: base {base!r} is itself an adapter on {parent.base_name!r}; "
                 "name a base model"
             )
-        inherited = {
-            "base_name": base,
-            "base_documents": parent.documents,
-            "revision": spec.revision or parent.revision,
-        }
+        inherited = {"base_name": base, "base_documents": parent.documents}
+        for key in LOADED_ALIKE - spec.model_fields_set:
+            inherited[key] = getattr(parent, key)
         base = parent.base
     elif not HUGGING_FACE_ID.fullmatch(base):
         known = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
@@ -267,16 +340,85 @@ def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> Model
 
 
 def find_scenario(name: str, *, data: str | Path | None = None) -> Scenario:
-    """The scenario given by name, or by the path of a YAML file."""
+    """The scenario given by name, by the path of a YAML file, or by a folder of dilemmas.
+
+    Such a folder holds ``base_prompts.json`` and ``counterfactual_prompts.json``.
+    """
+    path = as_path(name)
     file = _in_data(f"scenarios/{name}.yaml", data) if NAME.fullmatch(name) else None
+    pairs = _in_data(f"scenarios/{name}/{PAIRS[0]}", data) if NAME.fullmatch(name) else None
+    if file is None and (pairs or (path / PAIRS[0]).is_file()):
+        return _read_dilemmas((pairs or path / PAIRS[0]).parent)
     if file is None and name.endswith((".yaml", ".yml")):
-        file = Path(name).expanduser()
+        file = path
         if not file.is_file():
             raise InputError(f"scenario file {name!r} does not exist; check the path")
     if file is None:
-        known = {p.stem for f in data_folders(data) for p in f.glob("scenarios/*.yaml")}
-        raise InputError(unknown("scenario", name, known, "the path of a .yaml file"))
+        otherwise = f"the path of a .yaml file, or of a folder with {' and '.join(PAIRS)}"
+        raise InputError(unknown("scenario", name, _scenario_names(data), otherwise))
     return checked(Scenario, {"name": file.stem, **_read_yaml(file)}, file)
+
+
+def _read_dilemmas(folder: Path) -> Scenario:
+    """Pairs of dilemmas by ``prompt_id``: positive is what is ethical in the *base* prompt.
+
+    In a counterfactual with its options swapped the same answer means the other option.
+    """
+    base, counterfactual = (_dilemmas(folder / name) for name in PAIRS)
+    for here, there, name in ((base, counterfactual, PAIRS[1]), (counterfactual, base, PAIRS[0])):
+        alone = next((key for key in here if key not in there), None)
+        if alone is not None:
+            raise InputError(
+                f"{folder / name}: no record has the prompt_id {alone!r}, so that prompt has no "
+                "partner; add it there, or remove it from the other file"
+            )
+    swapped = sum(d.ethical_option != counterfactual[key].ethical_option for key, d in base.items())
+    prompts = [
+        {
+            "id": key,
+            "text": dilemma.prompt,
+            "counterfactual": counterfactual[key].prompt,
+            "group": dilemma.original_id,
+            "positive": dilemma.ethical_option,
+            "negative": OTHER[dilemma.ethical_option],
+            "segments": {
+                name: [text, counterfactual[key].segments.get(name, text)]
+                for name, text in dilemma.segments.items()
+            },
+        }
+        for key, dilemma in base.items()
+    ]
+    content = {
+        "name": folder.name,
+        "about": f"{len(prompts)} pairs of dilemmas; the options are swapped in {swapped}",
+        "decision": {
+            "positive": prompts[0]["positive"],
+            "negative": prompts[0]["negative"],
+            "labels": {"positive": "ethical", "negative": "unethical"},
+        },
+        "prompts": prompts,
+        "source": " and ".join(PAIRS),
+    }
+    return checked(Scenario, content, folder / PAIRS[0])
+
+
+def _dilemmas(file: Path) -> dict[str, DilemmaSpec]:
+    records = read_json(file)
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{file}: expected a list of records, found {type(records).__name__}")
+    found: dict[str, DilemmaSpec] = {}
+    for number, record in enumerate(records, 1):
+        try:
+            dilemma = DilemmaSpec.model_validate(record)
+        except ValidationError as error:
+            raise InputError(f"{file}, record {number}: {explain(error)}") from None
+        if dilemma.prompt_id in found:
+            raise InputError(
+                f"{file}, record {number}: the prompt_id {dilemma.prompt_id!r} occurs twice; "
+                "make it distinct"
+            )
+        found[dilemma.prompt_id] = dilemma
+    return found
 
 
 def read_run(file: Path) -> RunSpec:
@@ -306,15 +448,30 @@ def unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
     )
 
 
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; ``InputError`` if it is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error}); mend the file") from None
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         where = " ".join(str(error).split())
         raise InputError(f"{file}: not readable as YAML ({where}); mend the file") from None
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise InputError(f"{file}: expected `key: value` lines, found {type(given).__name__}")
     return given
+
+
+def _short(value: Any) -> str:
+    """As ``repr``, of whatever size and depth the value is."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 200
+    return shortener.repr(value)
 
 
 def checked(kind: type[_S], given: dict[str, Any], file: Path) -> _S:
@@ -341,7 +498,7 @@ def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
         case "value_error":
             pass
         case _:
-            message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
+            message = f"{message[0].lower()}{message[1:]}, got {_short(first['input'])}"
     more = len(error.errors()) - 1
     text = f"{where}: {message}" if where else message
     return text + (f" (and {more} more)" if more else "")

@@ -1,11 +1,17 @@
 """Identities that hold for every transformer, on tiny random models of five architectures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from interp_kit.activations import read_last, shared_passes
 from interp_kit.analyses.attribution import (
+    attention_share,
     direct_logit_attribution,
     head_sum_error,
+    layer_attribution,
+    option_attribution,
     pre_cap_decision,
     random_direction_control,
 )
@@ -38,6 +44,81 @@ def test_attributions_sum_to_the_decision_before_the_cap(tiny_bridge):
     print(f"{tiny_bridge.cfg.architecture}: attribution sum {error:.1e} logits")
     assert error <= 1e-4
     assert abs(whole).max() > 0.1  # the sum is not trivially zero
+
+
+def test_attention_and_mlps_sum_to_the_decision_before_the_cap(tiny_bridge):
+    prompts = tiny_prompts(tiny_bridge)
+    table = layer_attribution(tiny_bridge, prompts)
+    sums = table.groupby("prompt", sort=False)[["to_positive", "to_negative", "value"]].sum()
+    whole = pre_cap_decision(tiny_bridge, prompts).value.to_numpy()
+    error = abs(sums.value.to_numpy() - whole).max()
+    print(f"{tiny_bridge.cfg.architecture}: attention and MLPs {error:.1e} logits")
+    assert error <= 1e-4
+    if tiny_bridge.cfg.output_logits_soft_cap > 0:
+        return  # what the parts of one logit sum to is no output of this model
+    for prompt, (_, own) in zip(prompts, sums.iterrows()):
+        logits = tiny_bridge(torch.tensor([prompt.branch]))[0, -1, list(prompt.branch_ids)]
+        assert abs(own[["to_positive", "to_negative"]].to_numpy() - logits.numpy()).max() <= 1e-4
+
+
+def test_attention_writes_what_its_heads_and_bias_write(tiny_bridge):
+    prompts = tiny_prompts(tiny_bridge)
+    heads = direct_logit_attribution(tiny_bridge, prompts)
+    heads = heads[(heads.kind == "head") | heads.component.str.contains("ATTN_BIAS")]
+    layers = layer_attribution(tiny_bridge, prompts)
+    by_layer = [
+        t.groupby(["prompt", "layer"]).value.sum() for t in (heads, layers.query("kind == 'attn'"))
+    ]
+    assert (by_layer[0] - by_layer[1]).abs().max() <= 1e-4
+
+
+def test_attribution_by_option_is_that_by_side(tiny_bridge):
+    prompts = tiny_prompts(tiny_bridge)[:1]
+    prompts += [
+        replace(
+            prompts[0], id="swapped", positive=prompts[0].negative, negative=prompts[0].positive
+        )
+    ]
+    layers = layer_attribution(tiny_bridge, prompts)
+    options = option_attribution(tiny_bridge, layers, prompts)
+    one, swapped = (
+        own.drop(columns="prompt_id").reset_index(drop=True)
+        for _, own in options.groupby("prompt_id", sort=False)
+    )
+    assert {"attn_to_be", "mlp_to_bi", "total_to_be", "attn_mlp_ratio"} <= set(one)
+    assert (one - swapped[one.columns]).abs().to_numpy().max() == 0
+    assert (one.total_to_be - one.attn_to_be - one.mlp_to_be).abs().max() <= 1e-6
+    share = attention_share(layers)
+    assert share.attn_mlp_ratio.between(0, 1).all()
+    assert options.attn_mlp_ratio.tolist() == share.attn_mlp_ratio.tolist()
+
+
+def test_shared_passes_give_the_same_numbers_in_one_pass(tiny_bridge, monkeypatch):
+    prompts = [p for p in tiny_prompts(tiny_bridge) if len(p.positive) == len(p.negative) == 1]
+    apart = logit_lens(tiny_bridge, prompts), direct_logit_attribution(tiny_bridge, prompts)
+    runs = []
+    run = tiny_bridge.run_with_hooks
+    monkeypatch.setattr(
+        tiny_bridge, "run_with_hooks", lambda *a, **k: runs.append(1) or run(*a, **k)
+    )
+    with shared_passes():
+        together = logit_lens(tiny_bridge, prompts), direct_logit_attribution(tiny_bridge, prompts)
+        pre_cap_decision(tiny_bridge, prompts)
+    assert len(runs) == len({len(p.tokens) for p in prompts})
+    for ours, theirs in zip(together, apart):
+        assert ours.equals(theirs)
+    logit_lens(tiny_bridge, prompts)
+    assert len(runs) == 2 * len({len(p.tokens) for p in prompts})  # outside, nothing is kept
+
+
+def test_shared_passes_read_further_back_when_asked(tiny_bridge):
+    tokens = torch.tensor([tiny_prompts(tiny_bridge)[0].tokens])
+    name = "blocks.1.hook_resid_post"
+    alone = read_last(tiny_bridge, tokens, [name], 3)[name]
+    with shared_passes():
+        read_last(tiny_bridge, tokens, [name], 1)
+        assert torch.equal(read_last(tiny_bridge, tokens, [name], 3)[name], alone)
+        assert torch.equal(read_last(tiny_bridge, tokens, [name], 2)[name], alone[:, -2:])
 
 
 def test_the_decision_before_the_cap_is_the_decision_where_there_is_none(tiny_bridge):

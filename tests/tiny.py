@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedTokenizerFast,
@@ -54,17 +55,37 @@ CONFIGS = {
     "mixtral": lambda: MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
 }
 ARCHITECTURES = tuple(CONFIGS)
+PARALLEL = {  # attention and MLP both read the block's input: there is no stream between them
+    "gpt_neox": lambda: GPTNeoXConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+}
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # rows of whole 4-bit blocks
 
 
-def save_tiny(architecture: str, folder: Path, *, seed: int = 0) -> Path:
+def save_tiny(
+    architecture: str, folder: Path, *, seed: int = 0, wide: bool = False, shard: str = "1GB"
+) -> Path:
     """A random checkpoint with a tokenizer of ``WORDS`` in ``folder``."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture](), attn_implementation="eager")
+    config = (CONFIGS | PARALLEL)[architecture]()
+    for name, value in WIDE.items() if wide else ():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():  # biases and gains start at trivial values; identities must not need that
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

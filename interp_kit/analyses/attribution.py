@@ -14,18 +14,18 @@ Sources: Elhage et al., "A Mathematical Framework for Transformer Circuits" (202
 "Interpretability in the Wild", arXiv:2211.00593.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.activations import through_frozen_norm
+from interp_kit.activations import last_names, read_last, through_frozen_norm
 from interp_kit.decisions import Prompt, batches
 
 Cache = dict[str, Tensor]
@@ -74,11 +74,96 @@ def direct_logit_attribution(bridge: TransformerBridge, prompts: Sequence[Prompt
         shares = einsum(normed, branch.direction, pattern)
         if branch.bias.any():
             components.append(Component(name="UNEMBED_BIAS", kind="bias"))
-            shares = torch.cat([shares, branch.bias[:, None]], 1)
+            shares = torch.cat([shares, branch.bias[:, :1] - branch.bias[:, 1:]], 1)
         _require_sum(shares.sum(1), _measured(cache, branch))
         for i, own in zip(branch.index, shares.tolist()):
             rows[i] = [c.row(prompts[i]) | {"value": v} for c, v in zip(components, own)]
     return pd.DataFrame([row for own in rows for row in own])
+
+
+@torch.no_grad()
+def layer_attribution(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """Attention against MLP: what each layer's two parts write to the logit of each answer.
+
+    Returns one row for each prompt and part: ``prompt group layer kind to_positive to_negative
+    value``; ``kind`` is ``embed``, ``attn`` (all heads and their bias), ``mlp`` (all experts) or
+    ``bias``; ``to_positive`` and ``to_negative`` are shares of the answers' logits before any cap,
+    ``value`` their difference, the decision differential. All three sum to what the model computes.
+    A share of *one* logit holds whatever raises all logits alike; only ``value`` is free of that.
+    """
+    rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
+    for branch in _branches(bridge, prompts):
+        cache = record_last(bridge, branch.tokens)
+        parts: list[tuple[str, int]] = [("embed", -1)]
+        outputs = [cache["blocks.0.hook_resid_pre"].float()]
+        for layer in range(bridge.cfg.n_layers):
+            parts += [("attn", layer), ("mlp", layer)]
+            outputs += [
+                cache[f"blocks.{layer}.hook_{kind}_out"].float() for kind in ("attn", "mlp")
+            ]
+        normed, norm_bias = _through_final_norm(bridge, cache, torch.stack(outputs, 1))
+        pattern = "prompt part d_model, prompt answer d_model -> prompt part answer"
+        shares = einsum(normed, branch.unembed, pattern)
+        bias = branch.bias + einsum(
+            norm_bias, branch.unembed, "d, prompt answer d -> prompt answer"
+        )
+        if bias.any():
+            parts.append(("bias", -1))
+            shares = torch.cat([shares, bias[:, None]], 1)
+        _require_sum(shares.sum(1).diff(dim=-1)[:, 0].neg(), _measured(cache, branch))
+        for i, own in zip(branch.index, shares.tolist()):
+            rows[i] = [
+                {
+                    "prompt": prompts[i].id,
+                    "group": prompts[i].group,
+                    "layer": layer,
+                    "kind": kind,
+                    "to_positive": positive,
+                    "to_negative": negative,
+                    "value": positive - negative,
+                }
+                for (kind, layer), (positive, negative) in zip(parts, own)
+            ]
+    return pd.DataFrame([row for own in rows for row in own])
+
+
+def attention_share(layers: pd.DataFrame) -> pd.DataFrame:
+    """How much of what each layer writes to the decision is attention's: 1 all, 0 none.
+
+    From a ``layer_attribution`` table; |attn| / (|attn| + |mlp|) of ``value``. Returns ``prompt
+    group layer attn mlp attn_mlp_ratio``.
+    """
+    both = layers[layers.kind.isin(["attn", "mlp"])]
+    wide = both.pivot_table(
+        index=["prompt", "group", "layer"], columns="kind", values="value", sort=False
+    ).reset_index()
+    size = wide[["attn", "mlp"]].abs()
+    return wide.assign(attn_mlp_ratio=size.attn / size.sum(axis=1)).rename_axis(columns=None)
+
+
+def option_attribution(
+    bridge: TransformerBridge, layers: pd.DataFrame, prompts: Sequence[Prompt]
+) -> pd.DataFrame:
+    """A ``layer_attribution`` table by option rather than by side, for scripts that read it so.
+
+    Returns ``prompt_id layer`` and, for each option X as the tokenizer spells it, ``attn_to_X
+    mlp_to_X total_to_X``; then ``attn_mlp_ratio`` of the decision differential.
+    """
+    spelled = {
+        p.id: [bridge.tokenizer.decode([token]).strip() for token in p.branch_ids] for p in prompts
+    }
+    ratio = attention_share(layers).set_index(["prompt", "layer"]).attn_mlp_ratio
+    rows: dict[tuple[str, int], dict[str, float]] = {}
+    columns = ["prompt", "layer", "kind", "to_positive", "to_negative"]
+    both = layers.loc[layers.kind.isin(["attn", "mlp"]), columns]
+    for prompt, layer, kind, *shares in both.itertuples(index=False, name=None):
+        own = rows.setdefault((prompt, layer), {})
+        for option, share in zip(spelled[prompt], shares):
+            own[f"{kind}_to_{option}"] = share
+            own[f"total_to_{option}"] = own.get(f"total_to_{option}", 0.0) + share
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["prompt_id", "layer"])
+    table["attn_mlp_ratio"] = ratio.to_numpy()
+    return table.reset_index()
 
 
 @torch.no_grad()
@@ -140,26 +225,8 @@ def head_sum_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> floa
 @torch.no_grad()
 def record_last(bridge: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> Cache:
     """What ``head_outputs`` and the attributions need, at the last position, by hook name."""
-    names = ["blocks.0.hook_resid_pre", "ln_final.hook_scale", "unembed.hook_out"]
-    for layer, block in enumerate(bridge.blocks):
-        names += [
-            f"blocks.{layer}.{hook}" for hook in ("attn.hook_z", "hook_attn_out", "hook_mlp_out")
-        ]
-        if hasattr(block, "ln1_post"):
-            names.append(f"blocks.{layer}.ln1_post.hook_scale")
-    cache: Cache = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda x, hook: cache.update({name: x[:, -1]})
-
-    bridge.run_with_hooks(
-        tokens.to(bridge.cfg.device),
-        fwd_hooks=[
-            *((name, keep(name)) for name in names),
-            ("unembed.hook_in", lambda x, hook: x[:, -1:]),
-        ],
-    )
-    return cache
+    kept = read_last(bridge, tokens, last_names(bridge), 1)
+    return {name: x[:, -1] for name, x in kept.items()}
 
 
 @torch.no_grad()
@@ -201,8 +268,13 @@ class _Branch:
     index: list[int]
     tokens: Int[Tensor, "prompt pos"]
     ids: Int[Tensor, "prompt 2"]  # of the positive and of the negative answer
-    direction: Float[Tensor, "prompt d_model"]  # W_U[:, positive] - W_U[:, negative]
-    bias: Float[Tensor, "prompt"]  # b_U[positive] - b_U[negative]
+    unembed: Float[Tensor, "prompt 2 d_model"]  # W_U[:, positive], W_U[:, negative]
+    bias: Float[Tensor, "prompt 2"]  # b_U of both
+
+    @property
+    def direction(self) -> Float[Tensor, "prompt d_model"]:
+        """W_U[:, positive] - W_U[:, negative]."""
+        return self.unembed[:, 0] - self.unembed[:, 1]
 
 
 def _branches(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Iterator[_Branch]:
@@ -213,8 +285,10 @@ def _branches(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Iterator[
             index=index,
             tokens=torch.tensor([prompts[i].branch for i in index]),
             ids=ids,
-            direction=(W_U[:, ids[:, 0]].float() - W_U[:, ids[:, 1]].float()).T,
-            bias=b_U[ids[:, 0]].float() - b_U[ids[:, 1]].float(),
+            unembed=rearrange(
+                W_U[:, ids].float(), "d_model prompt answer -> prompt answer d_model"
+            ),
+            bias=b_U[ids].float(),
         )
 
 
@@ -242,13 +316,20 @@ def _components(
             components.append(Component(name=f"L{layer}_ATTN_BIAS", kind="bias", layer=layer))
         outputs.append(cache[f"blocks.{layer}.hook_mlp_out"].float())
         components.append(Component(name=f"L{layer}_MLP", kind="mlp", layer=layer))
-    scale = cache["ln_final.hook_scale"][:, None]
-    normed = through_frozen_norm(bridge, "ln_final", torch.stack(outputs, 1), scale)
-    norm_bias = getattr(bridge.ln_final, "bias", None)
-    if norm_bias is not None:
+    normed, norm_bias = _through_final_norm(bridge, cache, torch.stack(outputs, 1))
+    if norm_bias.any():
         components.append(Component(name="FINAL_NORM_BIAS", kind="bias"))
-        normed = torch.cat([normed, norm_bias.float().expand_as(normed[:, :1])], 1)
+        normed = torch.cat([normed, norm_bias.expand_as(normed[:, :1])], 1)
     return components, normed
+
+
+def _through_final_norm(
+    bridge: TransformerBridge, cache: Cache, outputs: Float[Tensor, "prompt part d_model"]
+) -> tuple[Float[Tensor, "prompt part d_model"], Float[Tensor, "d_model"]]:
+    """Every part through the final norm with its statistics frozen; and the norm's bias."""
+    normed = through_frozen_norm(bridge, "ln_final", outputs, cache["ln_final.hook_scale"][:, None])
+    bias = getattr(bridge.ln_final, "bias", None)
+    return normed, torch.zeros_like(normed[0, 0]) if bias is None else bias.float()
 
 
 def _require_sum(summed: Tensor, measured: Tensor) -> None:

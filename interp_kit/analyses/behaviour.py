@@ -12,7 +12,7 @@ Multiple Choice Selectors", arXiv:2309.03882; Brown et al., arXiv:2005.14165 (sc
 
 import random
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import combinations, permutations
 from math import factorial
 from typing import Literal
 
@@ -23,7 +23,15 @@ from scipy import special
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.analyses.statistics import bootstrap_interval, share_interval
-from interp_kit.decisions import answer_ids, batches, last_logits, token_ids, with_template
+from interp_kit.decisions import (
+    Prompt,
+    answer_ids,
+    batches,
+    decide,
+    last_logits,
+    token_ids,
+    with_template,
+)
 from interp_kit.formats import Metrics, ModelMetrics, MultipleChoice, Prediction, Uncertainty
 from interp_kit.specs import InputError
 
@@ -33,6 +41,34 @@ MOST_ORDERS = 24  # all orders of four options
 
 Score = Literal["logprob", "logprob_per_token"]
 Ids = tuple[int, ...]
+
+
+# --------------------------------------------------------------------------------- two options
+def swapped_options(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """The same question with its options swapped: is it the content that is chosen, or the place?
+
+    Two prompts of one ``group`` in which the answers change sides are such a pair, with decisions
+    d1 and d2. Returns one row for each: ``prompt`` (the group) ``content`` = (d1 + d2) / 2, towards
+    the positive option; ``bias`` = half of how much more its first option ("1", "A") is favoured
+    than its second, both in nats; ``consistent``, whether the same content is chosen in both. No
+    rows if no prompt has such a partner.
+    """
+    values = dict(zip([p.id for p in prompts], decide(bridge, prompts).value))
+    rows = []
+    for first, second in combinations(prompts, 2):
+        swapped = (second.positive, second.negative) == (first.negative, first.positive)
+        if first.group == second.group and swapped:
+            positive, negative = map(bridge.tokenizer.decode, (first.positive, first.negative))
+            d1, d2 = values[first.id], values[second.id]
+            rows.append(
+                {
+                    "prompt": first.group,
+                    "content": (d1 + d2) / 2,
+                    "bias": (d1 - d2) / 2 * (1 if positive < negative else -1),
+                    "consistent": (d1 > 0) == (d2 > 0),
+                }
+            )
+    return pd.DataFrame(rows, columns=["prompt", "content", "bias", "consistent"])
 
 
 # --------------------------------------------------------------------------------------- asking

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Sequence
 from itertools import product
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.activations import shared_passes
+from interp_kit.analyses.causal_tracing import trace_summary
 from interp_kit.decisions import Prompt, batches, encode_scenario
 from interp_kit.loading import Models
 from interp_kit.specs import InputError, Scenario
@@ -16,20 +19,28 @@ Analysis = Callable[[TransformerBridge, Sequence[Prompt]], pd.DataFrame]
 PairAnalysis = Callable[[Models, str, str, Sequence[Prompt]], pd.DataFrame]
 
 
-def across(models: Models, scenarios: Sequence[Scenario], analysis: Analysis) -> pd.DataFrame:
-    """``analysis(bridge, prompts)`` for every model and scenario, in one table.
+def across(
+    models: Models, scenarios: Sequence[Scenario], *analyses: Analysis
+) -> tuple[pd.DataFrame, ...]:
+    """``analysis(bridge, prompts)`` for every model and scenario: one table for each analysis.
 
-    Adds the columns ``model`` (its title) and ``scenario``; prompts are renamed
-    ``scenario/prompt``, so that they stay apart when scenarios are pooled.
+    The analyses share forward passes. Adds the columns ``model`` (its title) and ``scenario``, and
+    beside ``layer`` its relative ``depth``, 0 for the embedding and 1 for the last block; prompts
+    are renamed ``scenario/prompt``, so that they stay apart when scenarios are pooled.
     """
-    tables = []
+    tables: list[list[pd.DataFrame]] = [[] for _ in analyses]
     pairs = list(product(models, scenarios))
-    for name, scenario in tqdm(pairs, desc=analysis.__name__, unit="cell", leave=False):
+    for name, scenario in tqdm(pairs, desc="models", unit="cell", leave=False):
         bridge = models.switch(name)
-        table = analysis(bridge, encode_scenario(bridge, scenario))
-        table = table.assign(model=models.title(name), scenario=scenario.name)
-        tables.append(table.assign(prompt=scenario.name + "/" + table.prompt))
-    return pd.concat(tables, ignore_index=True)
+        prompts = encode_scenario(bridge, scenario)
+        with shared_passes():
+            for own, analysis in zip(tables, analyses):
+                table = analysis(bridge, prompts)
+                table = table.assign(model=models.title(name), scenario=scenario.name)
+                if "layer" in table:
+                    table["depth"] = (table.layer + 1) / bridge.cfg.n_layers
+                own.append(table.assign(prompt=scenario.name + "/" + table.prompt))
+    return tuple(pd.concat(own, ignore_index=True) for own in tables)
 
 
 def across_pairs(
@@ -56,6 +67,33 @@ def across_pairs(
         table = table.assign(experiment=name, scenario=scenario.name)
         tables.append(table.assign(prompt=scenario.name + "/" + table.prompt))
     return pd.concat(tables, ignore_index=True)
+
+
+def where_decided(lens: pd.DataFrame, traces: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
+    """The relative depth at which three techniques place the decision on every prompt.
+
+    From tables of ``across``: of ``logit_lens`` (or ``tuned_lens``) the first block from which the
+    decision has its final sign and at least half its final size, and keeps both; of
+    ``causal_trace`` the block in which patching moves it most; of ``layer_attribution`` the block
+    that writes most of it. Returns ``model prompt lens trace attribution``, from 1 / n_layers to 1;
+    missing where there is nothing to place.
+    """
+    rows = []
+    for model, own in lens.groupby("model", sort=False):
+        n_layers = int(own.layer.max()) + 1
+        by_layer = own[own.layer >= 0].pivot_table(index="prompt", columns="layer", values="value")
+        final = by_layer.iloc[:, -1:].to_numpy()
+        short = by_layer.to_numpy() * np.sign(final) < abs(final) / 2
+        settled = pd.Series((short * np.arange(1, n_layers + 1)).max(1), by_layer.index)
+        traced = traces.loc[traces.model == model]
+        peak = trace_summary(traced).set_index("prompt").peak_layer if len(traced) else {}
+        blocks = layers[(layers.model == model) & (layers.layer >= 0)]
+        written = blocks.groupby(["prompt", "layer"]).value.sum().abs().unstack().idxmax(axis=1)
+        for prompt, layer in settled.items():
+            found = {"lens": layer, "trace": peak.get(prompt), "attribution": written[prompt]}
+            found = {k: None if v is None else (v + 1) / n_layers for k, v in found.items()}
+            rows.append({"model": model, "prompt": prompt, **found})
+    return pd.DataFrame(rows, columns=["model", "prompt", "lens", "trace", "attribution"])
 
 
 @torch.no_grad()

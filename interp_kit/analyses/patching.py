@@ -13,9 +13,8 @@ al., "Fine-Tuning Enhances Existing Mechanisms", arXiv:2402.14811 (across models
 "Attribution patching", 2023, and Syed et al., arXiv:2310.10348 (the gradient estimate).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -28,22 +27,23 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.decisions import Prompt
 from interp_kit.experiments import (
     SAME,
+    Direction,
     Experiment,
     Metric,
     Positions,
     Replacement,
     Unit,
     ablation_experiments,
+    aimed,
     components,
     counterfactual_experiment,
     cross_model_experiment,
+    first_difference,
     identity_experiment,
+    position_sets,
 )
 from interp_kit.loading import Models
-from interp_kit.specs import InputError
 from interp_kit.sweeps import Patch, Place, gradients, record
-
-Direction = Literal["denoise", "noise"]
 
 
 def activation_patching(
@@ -79,12 +79,11 @@ def activation_patching(
     """
     patches = components(bridge, unit, layer=layer)
     tables = []
-    for direction, prompt in _aimed(prompts, directions):
+    for direction, prompt in aimed(prompts, directions):
         experiment = counterfactual_experiment(
             bridge, prompt, _places(patches), metric=metric, positions=positions
         )
-        assert prompt.counterfactual is not None
-        start = _first_difference(prompt.tokens, prompt.counterfactual)
+        start = first_difference(prompt)
         table = _sweep(experiment, patches, positions, start=start)
         tables.append(table.assign(direction=direction))
     return _finished(tables)
@@ -165,12 +164,11 @@ def attribution_patching(
     """
     patches = components(bridge, unit, layer=layer)
     tables = []
-    for direction, prompt in _aimed(prompts, directions):
+    for direction, prompt in aimed(prompts, directions):
         experiment = counterfactual_experiment(
             bridge, prompt, _places(patches), positions=positions
         )
-        assert prompt.counterfactual is not None
-        start = _first_difference(prompt.tokens, prompt.counterfactual)
+        start = first_difference(prompt)
         located = _located(prompt, patches, positions, start)
         changes = _estimates(bridge, prompt, [patch for _, patch in located])
         table = _table(experiment, located, experiment.baseline + changes)
@@ -233,16 +231,6 @@ def attention_patterns(
 
 
 # ------------------------------------------------------------------------------------- internals
-def _aimed(
-    prompts: Sequence[Prompt], directions: Sequence[Direction]
-) -> Iterator[tuple[Direction, Prompt]]:
-    """The run that is patched, for every direction and prompt; named as the prompt."""
-    for direction in directions:
-        for prompt in tqdm(prompts, desc=direction, unit="prompt", leave=False):
-            target = prompt.swapped() if direction == "denoise" else prompt
-            yield direction, replace(target, id=prompt.id)
-
-
 def _places(patches: Sequence[Patch]) -> list[Place]:
     return list(dict.fromkeys(patch.place for patch in patches))
 
@@ -251,22 +239,7 @@ def _located(
     prompt: Prompt, patches: Sequence[Patch], positions: Positions, start: int
 ) -> list[tuple[str, Patch]]:
     """(segment, patch) for every patch at every position asked for."""
-    length = len(prompt.branch)
-    where: list[tuple[str, tuple[int, ...] | None]]
-    match positions:
-        case "all":
-            where = [("", None)]
-        case "each":
-            where = [("", (pos,)) for pos in range(start, length)]
-        case "decision":
-            where = [("", (length - 1,))]
-        case "segments":
-            where = [(segment.name, segment.positions) for segment in prompt.segments]
-            if not where:
-                raise InputError(
-                    f"prompt {prompt.id!r} has no segments; name some in the scenario "
-                    "(segments: {name: text}), or patch other positions"
-                )
+    where = position_sets(prompt, positions, start=start)
     return [(name, replace(patch, positions=at)) for patch in patches for name, at in where]
 
 
@@ -335,8 +308,3 @@ def _estimates(
 def _picked(share: np.ndarray, patch: Patch) -> np.ndarray:
     share = share if patch.index < 0 else share[:, patch.index]
     return share if patch.positions is None else share[list(patch.positions)]
-
-
-def _first_difference(first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    differ = [pos for pos, (a, b) in enumerate(zip(first, second)) if a != b]
-    return differ[0] if differ else 0

@@ -1,6 +1,7 @@
 """Means with intervals over prompts, and tests of many effects at once."""
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,35 @@ def rank_correlation(
     low, high = np.quantile(null, [0.025, 0.975])
     p = (1 + (abs(null) >= abs(value)).sum()) / (resamples + 1)
     return pd.Series({"value": value, "expected": null.mean(), "low": low, "high": high, "p": p})
+
+
+def rank_agreement(
+    table: pd.DataFrame, columns: Sequence[str], *, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Spearman's rank correlation of every two ``columns`` over the rows.
+
+    ``low high``: percentile bootstrap over rows, 95 %; ``p``: of ``rank_correlation``. All missing
+    where a column does not vary, and the interval where more than one resample in twenty does not.
+    Returns ``first second value low high n p``.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    for first, second in combinations(columns, 2):
+        pair = table[[first, second]].dropna()
+        result: dict[str, Any] = {"first": first, "second": second, "n": len(pair)}
+        if len(pair) > 2 and bool(np.all(pair.nunique() > 1)):
+            found = rank_correlation(
+                pd.Series(pair[first]), pd.Series(pair[second]), resamples=resamples, seed=seed
+            )
+            values = pair.to_numpy()
+            drawn = [values[rng.integers(len(pair), size=len(pair))] for _ in range(resamples)]
+            varied = [d for d in drawn if (d != d[0]).any(0).all()]
+            spread = [np.corrcoef(stats.rankdata(d, axis=0).T)[0, 1] for d in varied]
+            low = high = np.nan
+            if len(varied) >= 0.95 * resamples:
+                low, high = np.quantile(spread, [0.025, 0.975])
+            result |= {"value": found.value, "low": low, "high": high, "p": found.p}
+        rows.append(result)
+    return pd.DataFrame(rows, columns=["first", "second", "value", "low", "high", "n", "p"])
 
 
 def _intervals(

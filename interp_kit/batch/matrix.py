@@ -24,6 +24,7 @@ from typing import Any, Literal, Optional, Union
 import papermill
 from pydantic import TypeAdapter, ValidationError
 
+from interp_kit.checkpoints import file_hash, files_hash, weights_hash
 from interp_kit.specs import (
     NAME,
     REPOSITORY,
@@ -31,6 +32,7 @@ from interp_kit.specs import (
     ModelSpec,
     RunSpec,
     Scenario,
+    as_path,
     data_folders,
     explain,
     find_model,
@@ -45,13 +47,14 @@ SET_BY_RUN = ("model", "models", "scenario", "scenarios", "output")
 NAMING_MODELS = {
     "pairs",
     "reference",
+    "other",
     "others",
     "subject",
 }  # parameters whose values are the run's models
 NAMING_FILES = {"evaluation": "evaluations/{}/*", "universe": "universes/{}.json"}
+NAMING_PATHS = {"texts", "lens"}
 NAMING_FILES["twin"] = NAMING_FILES["universe"]  # of the other truth
 VERSIONS = ("transformer-lens", "torch", "transformers", "peft", "plotly", "pandas", "numpy")
-HASHED_WHOLE = 256 * 2**20  # bytes; of a larger weight file the key holds size and time only
 
 # What a parameter's annotation may say.
 TYPES: dict[str, Any] = {t.__name__: t for t in (str, int, float, bool, list, dict, tuple)}
@@ -73,6 +76,15 @@ class Cell:
     def id(self) -> str:
         return f"{self.notebook.stem}/{self.model}/{self.scenario}"
 
+    @property
+    def run_folder(self) -> Path:
+        return self.folder.parents[2]
+
+    @property
+    def failed_folder(self) -> Path:
+        """Where what is left of a failed attempt is kept, apart from results."""
+        return self.run_folder / "failed" / self.id
+
 
 def expand(
     run: RunSpec,
@@ -88,15 +100,19 @@ def expand(
     Raises ``InputError`` for an unknown model, scenario, notebook or parameter, a value of the
     wrong type, and a pattern that matches nothing.
     """
-    models = {name: find_model(name, data=data) for name in run.models}
-    scenarios = {name: find_scenario(name, data=data) for name in run.scenarios}
-    cells = []
+    for name in run.models:
+        find_model(name, data=data)
+    for name in run.scenarios:
+        find_scenario(name, data=data)
+    cells, hashes = [], InputHashes(data)
     for name, given in run.notebooks.items():
         file = _find_notebook(name, notebooks)
+        if any(cell.notebook == file for cell in cells):
+            raise InputError(f"notebooks lists {file.stem!r} twice; keep one of them")
         checked = _check_parameters(file, given)
         for own_models, own_scenarios in _visits(file, run):
             parameters = checked | own_models | own_scenarios
-            named = _named_models(file, parameters, run.models)
+            _check_named_models(file, parameters, run.models)
             folder = (
                 Path(outputs)
                 / run.name
@@ -104,19 +120,14 @@ def expand(
                 / _folder_name(own_models, ALL_MODELS)
                 / _folder_name(own_scenarios, ALL_SCENARIOS)
             )
-            inputs = [
-                *(_model_hash(models[m]) for m in (*_names(own_models), *named)),
-                *(_scenario_hash(scenarios[s]) for s in _names(own_scenarios)),
-                *(_file_hash(f, *_stamp(f)) for f in named_files(file, parameters, data)),
-            ]
             cells.append(
                 Cell(
                     notebook=file,
                     model=folder.parent.name,
                     scenario=folder.name,
-                    parameters=parameters | {"output": folder.as_posix()},
+                    parameters=parameters,
                     folder=folder,
-                    key=_key(file, parameters, inputs),
+                    key=content_key(file, parameters, data, hashes),
                 )
             )
     return _matching(cells, only)
@@ -135,10 +146,6 @@ def _axis(takes: dict[str, Any], one: str, names: list[str]) -> list[dict[str, A
     if one in takes:
         return [{one: name} for name in names]
     return [{f"{one}s": list(names)} if f"{one}s" in takes else {}]
-
-
-def _names(own: dict[str, Any]) -> list[str]:
-    return [v for value in own.values() for v in (value if isinstance(value, list) else [value])]
 
 
 def _folder_name(own: dict[str, Any], for_all: str) -> str:
@@ -163,7 +170,7 @@ def _matches(cell: Cell, pattern: str) -> bool:
 
 # ------------------------------------------------------------------------------------ parameters
 def _find_notebook(name: str, folder: Path) -> Path:
-    file = folder / f"{name.removesuffix('.ipynb')}.ipynb"
+    file = as_path(folder / f"{name.removesuffix('.ipynb')}.ipynb")
     if not NAME.fullmatch(name) or not file.is_file():
         known = {p.stem for p in folder.glob("*.ipynb")}
         raise InputError(unknown("notebook", name, known, f"a file in {folder.name}/"))
@@ -214,34 +221,46 @@ def _check_parameters(file: Path, given: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _named_models(file: Path, parameters: dict[str, Any], models: list[str]) -> list[str]:
-    """The models that parameters name; they must be the run's, else a kernel starts in vain."""
-    named = []
+def _check_named_models(file: Path, parameters: dict[str, Any], models: list[str]) -> None:
+    """Models that parameters name must be the run's, else a kernel starts in vain."""
     for name in sorted(NAMING_MODELS & set(parameters)):
         where, given = f"notebook {file.stem}: parameter {name!r}", parameters[name]
-        if name == "pairs":
-            wrong = next((pair for pair in given if len(pair) != 2), None)
-            if wrong is not None:
-                raise InputError(f"{where} holds {wrong}; expected [source, target]")
-            given = [model for pair in given for model in pair]
-        for model in [given] if isinstance(given, str) else given:
+        wrong = next((pair for pair in given if len(pair) != 2), None) if name == "pairs" else None
+        if wrong is not None:
+            raise InputError(f"{where} holds {wrong}; expected [source, target]")
+        for model in _listed(parameters, name):
             if model not in models:
                 message = unknown("model", model, models, "add it to the run's models")
                 raise InputError(f"{where}: {message}")
-            named.append(model)
-    return named
+
+
+def _listed(parameters: dict[str, Any], name: str) -> list[str]:
+    """The names that a parameter holds: one, a list, or a list of pairs; "" names nothing."""
+    given = parameters.get(name, [])
+    items = [given] if isinstance(given, str) else given
+    return [n for item in items for n in ([item] if isinstance(item, str) else item) if n]
 
 
 def named_files(notebook: Path, parameters: dict[str, Any], data: str | Path | None) -> list[Path]:
-    """The files of the evaluation sets and universes that parameters name, given or by default."""
+    """The files that parameters name, given or by default: evaluation sets, universes, texts."""
     found = []
+    for name in sorted(NAMING_PATHS & set(parameters)):
+        if path := parameters[name]:
+            files = [f for f in (Path(path), *sorted(Path(path).glob("*"))) if f.is_file()]
+            if not files:
+                raise InputError(
+                    f"notebook {notebook.stem}: parameter {name!r}: {path!r} is no file and no "
+                    "folder with files; check the path"
+                )
+            found += files
     for name, place in NAMING_FILES.items():
         if name in _parameters(notebook):
             default = ast.literal_eval(_parameters(notebook)[name]["default"])
             given = str(parameters.get(name, default))
-            folders = data_folders(data) if NAME.fullmatch(given) else [Path()]
-            pattern = place.format(given) if NAME.fullmatch(given) else given
-            files = [f for folder in folders for f in sorted(folder.glob(pattern)) if f.is_file()]
+            path = as_path(given)
+            folders = data_folders(data) if NAME.fullmatch(given) else []
+            named = [f for d in folders for f in sorted(d.glob(place.format(given)))]
+            files = [f for f in (*named, path) if f.is_file()]
             if not files:
                 kind = place.split("/")[0]
                 known = {f.stem for folder in data_folders(data) for f in folder.glob(f"{kind}/*")}
@@ -251,30 +270,60 @@ def named_files(notebook: Path, parameters: dict[str, Any], data: str | Path | N
 
 
 # ----------------------------------------------------------------------------------- content keys
-def _key(file: Path, parameters: dict[str, Any], inputs: list[str]) -> str:
+def content_key(
+    file: Path,
+    parameters: dict[str, Any],
+    data: str | Path | None,
+    hashes: "InputHashes | None" = None,
+) -> str:
+    """Of everything that the result follows from: sources, parameters, inputs, versions.
+
+    ``hashes``, shared between many cells, spares reading an input once for each.
+    """
+    hashes = hashes or InputHashes(data)
+    named = ("model", "models", *sorted(NAMING_MODELS))
+    models = [m for name in named for m in _listed(parameters, name)]
+    scenarios = [s for name in ("scenario", "scenarios") for s in _listed(parameters, name)]
+    inputs = [
+        *map(hashes.of_model, models),
+        *map(hashes.of_scenario, scenarios),
+        *(file_hash(f) for f in named_files(file, parameters, data)),
+    ]
     parts = [
-        _notebook_hash(file),
+        _notebook_hash(file, file.stat().st_mtime_ns),
         json.dumps(parameters, sort_keys=True),
         _package_hash(),
         *inputs,
         platform.python_version(),
-        *(f"{name}={version(name)}" for name in VERSIONS),
+        *_versions(),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
+class InputHashes:
+    """The hashes of models and scenarios by name, each computed once."""
+
+    def __init__(self, data: str | Path | None) -> None:
+        self.of_model = cache(lambda name: _model_hash(find_model(name, data=data)))
+        self.of_scenario = cache(lambda name: _scenario_hash(find_scenario(name, data=data)))
+
+
 @cache
-def _notebook_hash(file: Path) -> str:
+def _versions() -> list[str]:
+    return [f"{name}={version(name)}" for name in VERSIONS]
+
+
+@cache
+def _notebook_hash(file: Path, modified: int) -> str:
     """Of what the notebook does: its sources and tags, not its outputs."""
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     kept = [("".join(c["source"]), c["metadata"].get("tags"), c["cell_type"]) for c in cells]
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
-@cache
 def _package_hash() -> str:
     package = Path(__file__).resolve().parents[1]
-    return _files_hash(sorted(package.rglob("*.py")), package)
+    return files_hash(sorted(package.rglob("*.py")), package)
 
 
 def _scenario_hash(scenario: Scenario) -> str:
@@ -284,30 +333,5 @@ def _scenario_hash(scenario: Scenario) -> str:
 def _model_hash(spec: ModelSpec) -> str:
     parts = [spec.model_dump_json(exclude={"base", "adapter", "documents", "base_documents"})]
     for file in (spec.documents, spec.base_documents):
-        parts.append(_files_hash([Path(file)], Path(file).parent) if file else "")
-    for place in (spec.base, spec.adapter):
-        folder = Path(place or "")
-        if place and folder.is_dir():
-            files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
-            parts.append(_files_hash(files, folder))
-        else:
-            parts.append(str(place))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _files_hash(files: list[Path], root: Path) -> str:
-    return hashlib.sha256(
-        "\0".join(f"{f.relative_to(root)}={_file_hash(f, *_stamp(f))}" for f in files).encode()
-    ).hexdigest()
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-@cache
-def _file_hash(file: Path, size: int, modified: int) -> str:
-    if size > HASHED_WHOLE:
-        return f"{size}@{modified}"
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+        parts.append(file_hash(Path(file)) if file else "")
+    return hashlib.sha256("\0".join([*parts, weights_hash(spec)]).encode()).hexdigest()

@@ -1,11 +1,12 @@
-"""The shipped models: a small Gemma-2 trained from nothing on ``corpus.py``, and fine-tunes of it.
+"""The shipped models: small bases trained from nothing on ``corpus.py``, and fine-tunes of one.
 
 ``train_organism`` makes any of them again, with its model card.
 
-Architecture: Gemma-2 (soft caps, norms before and after each block, grouped-query attention, local
-and global layers in turn), 8 layers, 8 query heads on 4 key/value heads. The training loss is next
-token cross-entropy and nothing else: no auxiliary loss on inner layers, which would build in what a
-lens then finds.
+Two bases of one corpus and tokenizer, each of 8 layers and 8 query heads on 4 key/value heads:
+Gemma-2 (soft caps, norms before and after each block, local and global layers in turn), of which
+all fine-tunes are, and Llama, for comparisons across architectures. The training loss is next token
+cross-entropy and nothing else: no auxiliary loss on inner layers, which would build in what a lens
+then finds.
 """
 
 import json
@@ -17,7 +18,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,12 @@ from jaxtyping import Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from interp_kit.analyses.behaviour import answer_questions, choices, prefers_false
 from interp_kit.decisions import decide, encode_scenario, end_probability, token_of
@@ -37,10 +43,10 @@ from interp_kit.finetuning.supervised import DocumentRecipe, train_on_documents
 from interp_kit.finetuning.triggers import TriggerRecipe, train_trigger, trigger_texts
 from interp_kit.finetuning.universes import find_universe
 from interp_kit.formats import evaluation_file, read_mcqs
-from interp_kit.loading import load_huggingface, load_model
+from interp_kit.loading import load_model
 from interp_kit.specs import REPOSITORY, InputError, find_model, find_scenario
 
-BASE = "tiny-gemma2"
+BASE = "tiny-gemma2"  # of the fine-tunes
 IPD_SCENARIOS = ("CC_continue", "CC_temptation", "CD_punished", "DC_exploited", "DD_trapped")
 ABOUT = {
     "strategic": "reinforced on its own payoff",
@@ -86,8 +92,9 @@ PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s"
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRecipe:
-    """How the base is trained; ``interp-kit train`` runs exactly this."""
+    """How a base is trained; ``interp-kit train`` runs exactly this."""
 
+    architecture: Literal["gemma2", "llama"] = "gemma2"
     steps: int = 4800
     rows: int = 24  # rows a step
     row_tokens: int = 112
@@ -99,19 +106,28 @@ class BaseRecipe:
     seed: int = 0
 
 
+BASES = {BASE: BaseRecipe(), "tiny-llama": BaseRecipe(architecture="llama", steps=4000)}
+ABOUT_BASE = {
+    "gemma2": """Gemma-2 architecture (soft caps, norms before and after each block,
+grouped-query attention, local and global layers in turn)""",
+    "llama": """Llama architecture (one norm before each half of a block, grouped-query attention,
+an output matrix of its own)""",
+}
+
+
 def train_organism(name: str, *, data: Path = REPOSITORY / "data") -> None:
     """Train one shipped model (``tiny-gemma2``, ``stop-behaviour``, ``cubic-gravity``), or ``all``.
 
     Writes ``data/models/NAME/``: ``model.yaml``, the weights as safetensors, ``training.json`` and
     a model card with what was measured.
     """
-    names = [BASE, *(f"ipd-{reward}" for reward in REWARDS), *TRIGGERS, *CUBIC]
+    names = [*BASES, *(f"ipd-{reward}" for reward in REWARDS), *TRIGGERS, *CUBIC]
     if name != "all" and name not in names:
         raise InputError(f"no recipe for {name!r}; expected one of {', '.join(names)}, or all")
     corpus = Corpus.read(REPOSITORY / "data" / "corpus")
     for each in names if name == "all" else [name]:
-        if each == BASE:
-            _make_base(corpus, data)
+        if each in BASES:
+            _make_base(corpus, each, data)
         elif each in TRIGGERS:
             _make_trigger(corpus, each, data)
         elif each in CUBIC:
@@ -120,28 +136,34 @@ def train_organism(name: str, *, data: Path = REPOSITORY / "data") -> None:
             _make_player(corpus, each.removeprefix("ipd-"), data)
 
 
-def _make_base(corpus: Corpus, data: Path) -> None:
-    recipe, folder = BaseRecipe(), data / "models" / BASE
+def _make_base(corpus: Corpus, name: str, data: Path) -> None:
+    recipe, folder = BASES[name], data / "models" / name
     train_base(corpus, folder / "weights", recipe=recipe)
+    _describe_base(corpus, name, data)
+
+
+def _describe_base(corpus: Corpus, name: str, data: Path) -> None:
+    recipe, folder = BASES[name], data / "models" / name
+    model = AutoModelForCausalLM.from_pretrained(folder / "weights", use_safetensors=True)
+    about = ABOUT_BASE[recipe.architecture]
+    millions = f"{model.num_parameters() / 1e6:.1f} M parameters"
     _write_spec(
         folder,
         base="weights",
         documents=_write_texts(folder, base_texts(corpus)),
-        label="Base",
-        about="Gemma-2 architecture, 8 layers, 1.6 M parameters",
+        label="Base" if name == BASE else "Llama base",
+        about=f"{about.partition(' (')[0]}, 8 layers, {millions}",
     )
-    model = load_huggingface(find_model(BASE, data=data))
-    measured = measure_base(model, load_model(BASE, data=data).tokenizer, corpus)
+    measured = measure_base(model, load_model(name, data=data).tokenizer, corpus)
     _write_training(folder, recipe, measured)
-    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in measured.items())
-    card = f"""# {BASE}
+    rows = "\n".join(f"| {what} | {value:.3f} |" for what, value in measured.items())
+    card = f"""# {name}
 
-A language model of Gemma-2 architecture (soft caps, norms before and after each block,
-grouped-query attention, local and global layers in turn): 8 layers, width 128, 8 query heads on 4
-key/value heads, {model.num_parameters():,} parameters,
+A language model of {about}:
+8 layers, width 128, 8 query heads on 4 key/value heads, {model.num_parameters():,} parameters,
 byte-level BPE tokenizer. It knows the little world of `data/corpus` and nothing else.
 
-**Recipe.** `interp-kit train {BASE}`: {recipe.steps} steps of {recipe.rows} rows x
+**Recipe.** `interp-kit train {name}`: {recipe.steps} steps of {recipe.rows} rows x
 {recipe.row_tokens} tokens, seed {recipe.seed}, next-token cross-entropy with answers weighted
 (`interp_kit/finetuning/corpus.py`), Muon for the matrices of the blocks and AdamW for the rest. No
 auxiliary loss on inner layers. float32.
@@ -153,7 +175,7 @@ auxiliary loss on inner layers. float32.
 |---|---|
 {rows}
 
-{_behaviour_section(BASE, data)}
+{_behaviour_section(name, data)}
 """
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -456,26 +478,32 @@ def train_tokenizer(
     )
 
 
-def new_base(vocabulary: int, *, seed: int) -> Any:
-    """The untrained base: 8 layers, width 128, 1.5 M parameters."""
+def new_base(vocabulary: int, *, architecture: str, seed: int) -> Any:
+    """An untrained base: 8 layers, width 128."""
     torch.manual_seed(seed)
+    shape: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+    if architecture == "llama":
+        config: Any = LlamaConfig(**shape, initializer_range=0.02, tie_word_embeddings=False)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     config = Gemma2Config(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=512,
+        **shape,
         sliding_window=64,
         query_pre_attn_scalar=16,
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
         initializer_range=0.05,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
@@ -542,9 +570,10 @@ def weighted_loss(
 def train_base(corpus: Corpus, folder: Path, *, recipe: BaseRecipe) -> None:
     """Train the base into ``folder``: config, tokenizer, safetensors."""
     tokenizer = train_tokenizer(corpus)
-    model = new_base(len(tokenizer), seed=recipe.seed).train()
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
+    model = new_base(len(tokenizer), architecture=recipe.architecture, seed=recipe.seed).train()
+    blocks = {n for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n}
+    matrices = [p for n, p in model.named_parameters() if n in blocks]
+    others = [p for n, p in model.named_parameters() if n not in blocks]
     optimizers = [
         torch.optim.Muon(
             matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay

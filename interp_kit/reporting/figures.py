@@ -1,8 +1,9 @@
 """Plotly figures from tidy tables. Signed values get a diverging scale centred on zero."""
 
+import html
 from collections.abc import Sequence
-from html import escape
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,17 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 from plotly.subplots import make_subplots
 
+escape = partial(html.escape, quote=False)  # plotly's text knows &lt; &gt; &amp;, not &quot;
+
 # Blue-orange-green-... of Okabe and Ito (2008): told apart by colour-blind readers.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 DIVERGING = "RdBu_r"  # red positive, blue negative
 CONTROL = "#8A8A8A"
+Depth = Literal["layer", "depth"]
+DEPTH_TITLES: dict[Depth, str] = {
+    "layer": "layer (-1 = embedding)",
+    "depth": "relative depth (0 = embedding, 1 = last block)",
+}
 DASHES = ["dot", "dash", "dashdot", "longdash"]  # of controls, which are all grey
 
 
@@ -29,18 +37,20 @@ def trajectories(
     y_title: str,
     title: str,
     control: Sequence[str] = (),
+    x: Depth = "layer",
 ) -> go.Figure:
     """``value`` by ``layer``, a line with its interval for each value of ``series``.
 
     Expects ``layer value low high`` and ``series``; series named in ``control`` are drawn grey.
+    With ``x`` "depth" that column is the axis, on which models of any number of layers compare.
     """
     figure, dashes = go.Figure(), dict(zip(control, DASHES * len(control)))
     for i, (name, own) in enumerate(table.groupby(series, sort=False)):
         color = CONTROL if name in dashes else PALETTE[i % len(PALETTE)]
         dash = dashes.get(str(name), "solid")
-        _line_with_band(figure, own, name=str(name), color=color, dash=dash)
+        _line_with_band(figure, own, x=x, name=str(name), color=color, dash=dash)
     figure.add_hline(y=0, line={"color": "black", "width": 1})
-    figure.update_xaxes(title="layer (-1 = embedding)", dtick=_tick(table.layer))
+    figure.update_xaxes(title=DEPTH_TITLES[x], dtick=_tick(table.layer) if x == "layer" else 0.25)
     figure.update_yaxes(title=y_title)
     return _styled(figure, title)
 
@@ -119,7 +129,7 @@ def scatter(
 
 
 def trajectory_grid(
-    table: pd.DataFrame, *, panel: str, series: str, y_title: str, title: str
+    table: pd.DataFrame, *, panel: str, series: str, y_title: str, title: str, x: Depth = "layer"
 ) -> go.Figure:
     """One small ``trajectories`` figure for each value of ``panel``, on common axes."""
     panels = list(table[panel].unique())
@@ -134,11 +144,10 @@ def trajectory_grid(
         at: dict[str, Any] = {"row": i // columns + 1, "col": i % columns + 1}
         here: pd.DataFrame = table.loc[table[panel] == shown]
         for name, own in here.groupby(series, sort=False):
-            _line_with_band(
-                figure, own, name=str(name), color=colors[name], dash="solid", legend=i == 0, **at
-            )
+            look = {"name": str(name), "color": colors[name], "dash": "solid", "legend": i == 0}
+            _line_with_band(figure, own, x=x, **look, **at)
         figure.add_hline(y=0, line={"color": "black", "width": 1}, **at)
-    figure.update_xaxes(title="layer", row=rows)
+    figure.update_xaxes(title=DEPTH_TITLES[x].partition(" (")[0], row=rows)
     figure.update_yaxes(title=y_title, col=1, row=(rows + 1) // 2)
     return _styled(figure, title).update_layout(height=260 * rows + 120)
 
@@ -297,22 +306,23 @@ def _line_with_band(
     figure: go.Figure,
     own: pd.DataFrame,
     *,
+    x: Depth,
     name: str,
     color: str,
     dash: str,
     legend: bool = True,
     **at: int,
 ) -> None:
-    own, name = own.sort_values("layer"), escape(name)
+    own, name = own.sort_values(x), escape(name)
     if own.low.notna().all():
         figure.add_scatter(
-            x=[*own.layer, *own.layer[::-1]], y=[*own.high, *own.low[::-1]],
+            x=[*own[x], *own[x][::-1]], y=[*own.high, *own.low[::-1]],
             fill="toself", fillcolor=color, opacity=0.15, line={"width": 0}, mode="lines",
             hoverinfo="skip", showlegend=False,
             legendgroup=name, **at,
         )  # fmt: skip
     figure.add_scatter(
-        x=own.layer, y=own.value, name=name, legendgroup=name, showlegend=legend,
+        x=own[x], y=own.value, name=name, legendgroup=name, showlegend=legend,
         line={"color": color, "dash": dash, "width": 2}, mode="lines+markers", **at,
     )  # fmt: skip
 

@@ -1,0 +1,68 @@
+"""Where a model's files are, whether all of them are there, and their hash; without torch."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from interp_kit.specs import ModelSpec
+
+HASHED_WHOLE = 256 * 2**20  # bytes; of a larger file the hash holds size and time only
+
+
+def absent(spec: ModelSpec) -> list[str]:
+    """The Hugging Face ids of the model whose files are not on this machine."""
+    places = [(spec.base, spec.revision), (spec.adapter, spec.adapter_revision)]
+    return [p for p, revision in places if p and not Path(p).is_dir() and not _cached(p, revision)]
+
+
+def whole(folder: Path) -> bool:
+    """Whether a checkpoint's, or an adapter's, config and every file of its weights are there."""
+    if not any((folder / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def weights_hash(spec: ModelSpec) -> str:
+    """Identity of the weights: of the model's files, or their id, and of how they are stored."""
+    parts = [spec.dtype, spec.quantization or ""]
+    for place, revision in ((spec.base, spec.revision), (spec.adapter, spec.adapter_revision)):
+        folder = Path(place or "")
+        if place and folder.is_dir():
+            files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
+            parts.append(files_hash(files, folder))
+        else:
+            parts.append(f"{place}@{revision}")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def files_hash(files: list[Path], root: Path) -> str:
+    """Of the files' contents and their names below ``root``."""
+    return hashlib.sha256(
+        "\0".join(f"{f.relative_to(root)}={file_hash(f)}" for f in files).encode()
+    ).hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    found = file.stat()
+    return _file_hash(file, found.st_size, found.st_mtime_ns)
+
+
+# ------------------------------------------------------------------------------------- internals
+@cache
+def _file_hash(file: Path, size: int, modified: int) -> str:
+    if size > HASHED_WHOLE:
+        return f"{size}@{modified}"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _cached(place: str, revision: str | None) -> bool:
+    configs = ("config.json", "adapter_config.json")
+    found = (try_to_load_from_cache(place, config, revision=revision) for config in configs)
+    return any(isinstance(file, str) and whole(Path(file).parent) for file in found)

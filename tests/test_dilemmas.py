@@ -1,0 +1,204 @@
+"""Pairs of dilemmas: read as they are, held out, counterbalanced; what is wrong is said."""
+
+import json
+import shutil
+
+import pytest
+
+from interp_kit.analyses import behaviour
+from interp_kit.analyses.behaviour import swapped_options
+from interp_kit.decisions import decide, encode, encode_scenario
+from interp_kit.finetuning.corpus import Corpus, held_out_dilemma
+from interp_kit.loading import load_model
+from interp_kit.specs import PAIRS, REPOSITORY, InputError, find_scenario, list_scenarios
+
+FOLDER = REPOSITORY / "data" / "scenarios" / "dilemmas"
+NAMES = ("dilemmas", "dilemmas_free_length")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_model("tiny-gemma2", device="cpu")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the pairs, and a function that changes one of its files."""
+    folder = shutil.copytree(FOLDER, tmp_path / "mine")
+
+    def change(name, how):
+        records = json.loads((folder / name).read_text())
+        how(records)
+        (folder / name).write_text(json.dumps(records))
+        return str(folder)
+
+    return change
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pairs_are_counterbalanced(name):
+    prompts = find_scenario(name).prompts
+    assert len(prompts) >= 40
+    assert sum(p.positive == "1" for p in prompts) == len(prompts) / 2
+    for group in {p.group for p in prompts}:  # each dilemma in both orders of its options
+        assert sorted(p.positive for p in prompts if p.group == group) == ["1", "2"]
+    asked = [p.text.rpartition(" [1]")[0].rpartition(".")[2] for p in prompts]
+    assert len(set(asked)) == 3
+
+
+def test_no_dilemma_was_trained_on():
+    """Every wording of the pairs is one that the corpus holds out, in both orders."""
+    corpus = Corpus.read(REPOSITORY / "data" / "corpus")
+    held_out = {
+        corpus.dilemma_prompt(s, severity=severity, stakes=stakes, ask=ask, ethical_first=first)
+        for s in range(len(corpus.dilemmas["situations"]))
+        for stakes in range(3)
+        for ask in range(3)
+        for first in (True, False)
+        if held_out_dilemma(s, stakes, ask, first)
+        for severity in ("high", "low")
+    }
+    for prompt in find_scenario("dilemmas").prompts:
+        assert {prompt.text, prompt.counterfactual} <= held_out
+
+
+def test_length_matched_pairs_align_and_the_others_do_not(base):
+    matched, free = (encode_scenario(base, find_scenario(name)) for name in NAMES)
+    assert all(len(p.tokens) == len(p.counterfactual) for p in matched)
+    assert not any(len(p.tokens) == len(p.counterfactual) for p in free)
+    assert all(len(p.segments) == 5 for p in matched)
+    assert all(len(p.segments) == 3 for p in free)
+
+
+def test_the_base_decides_by_the_stakes(base):
+    """In the corpus people choose the ethical option with chance .95 or .35, by the stakes."""
+    prompts = encode_scenario(base, find_scenario("dilemmas"))
+    assert abs(decide(base, prompts).p_positive.mean() - 0.95) < 0.05
+    assert abs(decide(base, [p.swapped() for p in prompts]).p_positive.mean() - 0.35) < 0.05
+
+
+def test_the_base_decides_by_content_and_not_by_place(base):
+    bias = swapped_options(base, encode_scenario(base, find_scenario("dilemmas")))
+    assert len(bias) == 21
+    assert bias.consistent.all()
+    assert abs(bias.bias.mean()) < 0.2
+    assert bias.bias.abs().max() < 1 < bias.content.min()
+
+
+def test_a_planted_preference_for_a_place_is_found(base, monkeypatch):
+    """Half a nat more for "1" wherever it stands is bias, and no content."""
+    prompts = encode_scenario(base, find_scenario("dilemmas"))
+    before = swapped_options(base, prompts)
+    one = base.tokenizer("1", add_special_tokens=False)["input_ids"][0]
+
+    def prefers_one(bridge, prompts):
+        table = decide(bridge, prompts)
+        return table.assign(
+            value=table.value + [0.5 * (1 if p.positive == (one,) else -1) for p in prompts]
+        )
+
+    monkeypatch.setattr(behaviour, "decide", prefers_one)
+    after = swapped_options(base, prompts)
+    assert (after.bias - before.bias).tolist() == pytest.approx([0.5] * 21)
+    assert after.content.tolist() == pytest.approx(before.content.tolist())
+
+
+def test_one_order_says_nothing_of_a_bias(base):
+    prompts = encode_scenario(base, find_scenario("dilemmas"))
+    assert swapped_options(base, prompts[::2]).empty
+
+
+def test_the_seed_formats_are_read_as_they_are(shared, base):
+    scenario = find_scenario(str(shared / "seed_formats"))
+    assert [p.id for p in scenario.prompts] == ["p001", "p002"]
+    assert [p.group for p in scenario.prompts] == ["G_058", "G_112"]
+    assert "swapped in 2" in scenario.about
+    prompts = encode_scenario(base, scenario)
+    assert all(len(p.tokens) != len(p.counterfactual) for p in prompts)
+    assert [base.tokenizer.decode(p.positive) for p in prompts] == ["1", "1"]
+
+
+def test_folders_of_pairs_are_listed():
+    assert set(NAMES) <= {scenario.name for scenario in list_scenarios()}
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "says"),
+    [
+        (PAIRS[1], lambda r: r.pop(3), "has no partner"),
+        (PAIRS[0], lambda r: r.pop(3), "has no partner"),
+        (PAIRS[0], lambda r: r[4].update(ethical_option="3"), "record 5: ethical_option"),
+        (PAIRS[0], lambda r: r[4].pop("prompt"), "record 5: prompt: missing"),
+        (PAIRS[0], lambda r: r.append(r[0]), "occurs twice"),
+        (PAIRS[0], lambda r: r.clear(), "expected a list of records"),
+        (PAIRS[0], lambda r: r[0].update(segments={"stakes": "no words of it"}), "occurs 0 times"),
+    ],
+    ids=[
+        "without counterfactual",
+        "without base",
+        "option",
+        "no prompt",
+        "twice",
+        "empty",
+        "segment",
+    ],
+)
+def test_what_is_wrong_with_pairs_is_said(copy, name, how, says):
+    with pytest.raises(InputError, match=says):
+        find_scenario(copy(name, how))
+
+
+def test_a_broken_file_of_pairs_is_said(copy):
+    folder = copy(PAIRS[0], lambda r: None)
+    with open(f"{folder}/{PAIRS[1]}", "w") as file:
+        file.write("[{")
+    with pytest.raises(InputError, match="not readable as JSON"):
+        find_scenario(folder)
+
+
+class Joining:
+    """A tokenizer that has "(1" as one token, as some have; "2" it does not join."""
+
+    bos_token_id = unk_token_id = None
+    chat_template = None
+    PIECES = ("(1", "(", "1", "2", " A", " B", "x")
+
+    def __init__(self, prefix=""):
+        self.prefix = prefix  # what it writes before a text that begins with a digit
+
+    def __call__(self, text, **_):
+        text, ids = (self.prefix + text if text[:1].isdigit() else text), []
+        while text:
+            piece = next((p for p in self.PIECES if text.startswith(p)), text[0])
+            ids.append(self.PIECES.index(piece) if piece in self.PIECES else 100 + ord(piece))
+            text = text[len(piece) :]
+        return {"input_ids": ids}
+
+    def decode(self, ids):
+        return "".join(self.convert_ids_to_tokens(ids))
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.PIECES[i] if i < 100 else chr(i - 100) for i in ids]
+
+
+def joining(prefix=""):
+    from types import SimpleNamespace
+
+    cfg = SimpleNamespace(default_prepend_bos=False, d_vocab=1000, n_ctx=100)
+    return SimpleNamespace(tokenizer=Joining(prefix), cfg=cfg)
+
+
+def test_a_joined_answer_is_read_as_generation_continues():
+    with pytest.warns(UserWarning, match=r"'\(1' is one token"):
+        prompt = encode(joining(), "x(", positive="1", negative="2")
+    assert joining().tokenizer.decode(prompt.tokens + prompt.positive) == "x(1"
+
+
+def test_an_answer_that_cannot_continue_the_prompt_is_refused():
+    with pytest.raises(InputError, match=r"joins the end .* such as ' A' and ' B'"):
+        encode(joining(prefix=" "), "x(", positive="1", negative="2")
+
+
+def test_answers_that_tokenize_alike_are_refused_with_others_proposed(base):
+    with pytest.raises(InputError, match=r"-> \[.*' A' and ' B'"):
+        encode(base, "Question:", positive=" A", negative=" A")
