@@ -10,7 +10,8 @@ run: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q
-	$(BIN)/python -m pytest -q --nbval --nbval-current-env notebooks
+	JUPYTER_PATH=interp_kit/batch $(BIN)/python -m pytest -q --nbval --nbval-kernel-name \
+	  $$($(BIN)/python -c "from interp_kit.batch import warm; print(warm.default_kernel())") notebooks
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

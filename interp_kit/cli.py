@@ -1,15 +1,18 @@
 """The command line: ``interp-kit run | check | report | list | documents | train``."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from interp_kit.checkpoints import absent
 from interp_kit.specs import (
     REPOSITORY,
     InputError,
+    ModelSpec,
     data_folders,
     list_models,
     list_scenarios,
@@ -23,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+FAILED = "failed"
 STATES = {"ok": "ok", "up to date": "up to date", "error": "failed"}
 
 RunFile = Annotated[Path, typer.Argument(help="A run file, e.g. papermill_params/demo.yaml.")]
@@ -35,7 +39,7 @@ Only = Annotated[
     list[str] | None,
     typer.Option(
         help="Run only what matches: a notebook, a model, a scenario, or notebook/model/scenario. "
-        "Wildcards * and ? are allowed; may be given several times."
+        "Wildcards * and ? are allowed; may be given several times. `failed`: what failed last."
     ),
 ]
 
@@ -49,17 +53,58 @@ def run(
     only: Only = None,
     data: Data = None,
     outputs: Outputs = Path("outputs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run also what is up to date.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, and run nothing.")
+    ] = False,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="python3-warm (forked from a process that has imported everything; the default on "
+            "Linux) or python3."
+        ),
+    ] = None,
+    timeout: Annotated[
+        int, typer.Option(min=1, help="Seconds that one code cell of a notebook may take.")
+    ] = 3600,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="GiB that a notebook may take (python3-warm only)."),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Address of a Dask scheduler (tcp://...) whose workers run the cells."),
+    ] = None,
 ) -> None:
     """Run every notebook x model x scenario of a run file; what is up to date is skipped."""
     from interp_kit.batch.matrix import expand
-    from interp_kit.batch.runner import run_cells, stale
+    from interp_kit.batch.runner import How, failed, run_cells, stale
+    from interp_kit.batch.warm import default_kernel
 
     spec = read_run(run_file)
-    cells = expand(spec, outputs=outputs, data=data, only=only or [])
-    todo = stale(cells)
-    if todo:
-        _preflight(todo, data)
-    outcomes = run_cells(cells, workers=workers, data=data)
+    patterns = [pattern for pattern in only or [] if pattern != FAILED]
+    cells = expand(spec, outputs=outputs, data=data, only=patterns)
+    if FAILED in (only or []):
+        cells = failed(cells)
+        if not cells:
+            raise InputError(f"--only {FAILED}: no cell of {outputs / spec.name} has failed")
+    todo = cells if fresh else stale(cells)
+    if dry_run:
+        return _print_matrix(cells, todo)
+    how = How(
+        kernel=kernel or default_kernel(),
+        timeout=timeout,
+        memory=memory,
+        data=str(data.resolve()) if data else None,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        if todo:
+            _preflight(todo, data)
+        outcomes = run_cells(cells, workers=workers, how=how, fresh=fresh, scheduler=scheduler)
+    except KeyboardInterrupt as stopped:
+        typer.echo(f"interp-kit: {stopped or 'stopped before a cell ran'}", err=True)
+        raise typer.Exit(130) from None
     index = _write_report(spec.name, spec.about, expand(spec, outputs=outputs, data=data), outputs)
     _print_table(outcomes)
     typer.echo(f"Report: {index}")
@@ -85,15 +130,20 @@ def report(
     png: Annotated[
         bool, typer.Option("--png", help="Every figure as a PNG too, by a Chromium or Chrome.")
     ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Another run to compare with: its run file, its name, or a folder."),
+    ] = None,
 ) -> None:
     """Write the report of a run again from its outputs; run nothing."""
     from interp_kit.batch.matrix import expand
 
     spec = read_run(run_file)
     cells = expand(spec, outputs=outputs, data=data)
-    index = _write_report(spec.name, spec.about, cells, outputs)
+    other = _find_results(against, spec.name, outputs) if against else None
     if png:
-        _write_pictures(index.parent)
+        _write_pictures(outputs / spec.name)
+    index = _write_report(spec.name, spec.about, cells, outputs, other)
     typer.echo(f"Report: {index}")
 
 
@@ -102,7 +152,7 @@ def list_(data: Data = None) -> None:
     """Show the models, scenarios and notebooks that a run file may name."""
     from interp_kit.batch.matrix import list_notebooks
 
-    _print_list("models", {m.name: m.about or m.base for m in list_models(data)})
+    _print_list("models", {m.name: _described(m) for m in list_models(data)})
     _print_list("scenarios", {s.name: s.about for s in list_scenarios(data)})
     _print_list("notebooks", list_notebooks())
     typer.echo("searched: " + ", ".join(map(str, data_folders(data))))
@@ -166,6 +216,13 @@ def main() -> NoReturn:
     except InputError as error:
         typer.echo(f"interp-kit: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # a full disk, for instance
+        typer.echo(
+            f"interp-kit: {error.strerror or error} ({error.filename}); make room there, or mend "
+            "its permissions",
+            err=True,
+        )
+        sys.exit(2)
     sys.exit(0)
 
 
@@ -189,30 +246,43 @@ def _preflight(cells, data: Path | None) -> None:
     check_files(f for cell in cells for f in named_files(cell.notebook, cell.parameters, data))
 
 
-def _write_report(name: str, about: str, cells, outputs: Path) -> Path:
+def _write_report(name: str, about: str, cells, outputs: Path, against: Path | None = None) -> Path:
     from interp_kit.batch.matrix import list_notebooks
-    from interp_kit.batch.runner import read_status
+    from interp_kit.batch.runner import last_folder
     from interp_kit.reporting.gallery import write_gallery
 
     titles = list_notebooks()
-    entries = []
-    for cell in cells:
-        status = read_status(cell.folder)
-        if status:
-            entries.append(
-                {
-                    "notebook": cell.notebook.stem,
-                    "title": titles.get(cell.notebook.stem, ""),
-                    "model": cell.model,
-                    "scenario": cell.scenario,
-                    "folder": cell.folder,
-                    "state": status["state"],
-                    "error": status.get("error", ""),
-                }
-            )
-    if not entries:
+    entries = [
+        {
+            "notebook": cell.notebook.stem,
+            "title": titles.get(cell.notebook.stem, ""),
+            "model": cell.model,
+            "scenario": cell.scenario,
+            "folder": last_folder(cell),
+        }
+        for cell in cells
+    ]
+    if not any(entry["folder"].is_dir() for entry in entries):
         raise InputError(f"{outputs / name} holds no results; run `interp-kit run` first")
-    return write_gallery(outputs / name, title=name, about=about, cells=entries)
+    return write_gallery(outputs / name, title=name, about=about, cells=entries, against=against)
+
+
+def _find_results(given: str, name: str, outputs: Path) -> Path:
+    """The output folder of a run that is given by its run file, its name, or a folder.
+
+    A folder is that run's own, or one of ``--outputs`` that holds results of the run ``name``.
+    """
+    if given.endswith((".yaml", ".yml")):
+        tried = [outputs / read_run(Path(given)).name]
+    else:
+        tried = [Path(given) / name, Path(given), outputs / given]
+    for folder in tried:
+        if any(folder.glob("*/*/*/status.json")):
+            return folder
+    raise InputError(
+        f"--against {given!r}: no results in {', '.join(map(str, tried))}; expected a run file, "
+        "the name of a run, or a folder that holds results"
+    )
 
 
 def _write_pictures(folder: Path) -> None:
@@ -227,6 +297,18 @@ def _write_pictures(folder: Path) -> None:
         )
         return
     typer.echo(f"{write_pictures(folder, browser=browser)} figures written as PNG")
+
+
+def _print_matrix(cells, todo) -> None:
+    from interp_kit.batch.runner import last_folder, read_status
+
+    waiting = {cell.id for cell in todo}
+    for cell in cells:
+        status = read_status(last_folder(cell))
+        took = f"{status['seconds']:.0f} s last time" if status.get("seconds") else ""
+        state = "to run" if cell.id in waiting else "up to date"
+        typer.echo(f"{state:<12}{cell.id}  {took}".rstrip())
+    typer.echo(f"{len(waiting)} of {len(cells)} cells to run")
 
 
 def _print_table(outcomes) -> None:
@@ -251,6 +333,13 @@ def _print_table(outcomes) -> None:
     ended = [o.state for o in outcomes]
     counts = (f"{ended.count(s)} {word}" for s, word in STATES.items())
     typer.echo(", ".join(counts))
+
+
+def _described(model: ModelSpec) -> str:
+    missing = absent(model)
+    return (f"[not on this machine: {', '.join(missing)}] " if missing else "") + (
+        model.about or model.base
+    )
 
 
 def _print_list(title: str, entries: dict[str, str]) -> None:

@@ -2,62 +2,24 @@
 
 import json
 import shutil
+import signal
 
-import nbformat
 import pytest
 import yaml
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
+from interp_kit.batch import matrix
 from interp_kit.batch.matrix import expand
 from interp_kit.batch.runner import read_status, run_cells, stale
 from interp_kit.cli import app
 from interp_kit.specs import REPOSITORY, InputError, read_run
-
-PARAMETERS = """
-model: str = "tiny-gemma2"  # a model
-scenario: str = "CC_continue"  # a scenario
-fail_on: str = ""  # raise for this scenario
-times: int = 1  # how often
-output: str = ""  # folder
-"""
-BODY = """
-from pathlib import Path
-if scenario == fail_on:
-    raise ValueError("made to fail <script>alert(1)</script>")
-Path(output, "result.txt").write_text(model * times)
-"""
-
-
-def write_notebook(folder, name, parameters=PARAMETERS, body=BODY, tag="parameters"):
-    cells = [new_markdown_cell(f"# {name}?"), new_code_cell(parameters), new_code_cell(body)]
-    cells[1].metadata["tags"] = [tag]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+from tests.study import BODY, PARAMETERS, cells_of, make_study, write_notebook
 
 
 @pytest.fixture
 def study(tmp_path):
     """Two small notebooks, a run file, an output folder."""
-    folder = tmp_path / "notebooks"
-    folder.mkdir()
-    write_notebook(folder, "each")
-    together = 'models: list[str] = []\nscenarios: list[str] = []\noutput: str = ""\n'
-    write_notebook(folder, "all", together, "from pathlib import Path\nPath(output, 'x').touch()")
-    return tmp_path
-
-
-def cells_of(study, notebooks, **kwargs):
-    run = {
-        "models": ["tiny-gemma2", "ipd-hybrid"],
-        "scenarios": ["CC_continue", "CD_punished"],
-        "notebooks": notebooks,
-    }
-    file = study / "trial.yaml"
-    file.write_text(yaml.safe_dump(run, sort_keys=False))
-    return expand(
-        read_run(file), outputs=study / "outputs", notebooks=study / "notebooks", **kwargs
-    )
+    return make_study(tmp_path)
 
 
 def test_a_notebook_runs_once_for_each_thing_that_it_takes_one_of(study):
@@ -137,7 +99,7 @@ def test_a_failed_cell_never_hides_the_others_and_is_run_again(study):
     outcomes = run_cells(cells, workers=2)
     assert [o.state for o in outcomes] == ["ok", "error", "ok", "error"]
     assert (cells[0].folder / "result.txt").read_text() == "tiny-gemma2"
-    status = read_status(cells[1].folder)
+    status = read_status(cells[1].failed_folder)
     assert status["error"].startswith("ValueError: made to fail")
     assert "\x1b" not in status["traceback"]
     # What is done is skipped; what failed is tried again, even after a half-written status.
@@ -252,18 +214,65 @@ def test_list_and_help_name_everything():
         assert shown.exit_code == 0
 
 
-def test_a_failed_cell_gives_exit_code_1_and_a_report_without_raw_html(study, monkeypatch):
-    from interp_kit.batch import matrix
-
+@pytest.fixture
+def run_study(study, monkeypatch):
+    """``interp-kit run`` on two cells of the study, of which one is made to fail."""
     write_notebook(study / "notebooks", "each", body=BODY.replace("fail_on", "'CC_continue'"))
-    monkeypatch.setattr(matrix.expand, "__kwdefaults__", matrix.expand.__kwdefaults__ | {
-        "notebooks": study / "notebooks"
-    })  # fmt: skip
+    defaults = matrix.expand.__kwdefaults__ | {"notebooks": study / "notebooks"}
+    monkeypatch.setattr(matrix.expand, "__kwdefaults__", defaults)
     monkeypatch.setattr("interp_kit.cli._preflight", lambda cells, data: None)
-    file = run_file(study, notebooks={"each": {}})
-    result = CliRunner().invoke(app, ["run", str(file), "--outputs", str(study / "outputs")])
+    file = run_file(study, notebooks={"each": {}}, scenarios=["CC_continue", "CD_punished"])
+    own = signal.getsignal(signal.SIGTERM)
+    yield lambda *options: CliRunner().invoke(
+        app, ["run", str(file), "--outputs", str(study / "outputs"), *options]
+    )
+    signal.signal(signal.SIGTERM, own)
+
+
+def test_a_failed_cell_gives_exit_code_1_and_a_report_without_raw_html(study, run_study):
+    result = run_study()
     assert result.exit_code == 1
     index = (study / "outputs" / "mine" / "index.html").read_text()
     assert "1 failed" in index
     assert "<script>alert" not in index
     assert "&lt;script&gt;alert" in index
+
+
+def test_what_failed_is_listed_and_run_alone_and_fresh_runs_all(study, run_study):
+    nothing = run_study("--only", "failed")
+    assert isinstance(nothing.exception, InputError)
+    assert "has failed" in str(nothing.exception)
+    assert run_study("--dry-run").output.splitlines() == [
+        "to run      each/ipd-hybrid/CC_continue",
+        "to run      each/ipd-hybrid/CD_punished",
+        "2 of 2 cells to run",
+    ]
+    assert not (study / "outputs").exists()
+    assert run_study().exit_code == 1
+    made = study / "outputs" / "mine" / "each" / "ipd-hybrid" / "CD_punished" / "result.txt"
+    first = made.stat().st_mtime_ns
+    listed = run_study("--dry-run", "--only", "failed").output.splitlines()
+    assert listed[0].startswith("to run      each/ipd-hybrid/CC_continue  ")
+    assert listed[1:] == ["1 of 1 cells to run"]
+    assert "0 ok, 0 up to date, 1 failed" in run_study("--only", "failed").output
+    assert "0 ok, 1 up to date, 1 failed" in run_study().output
+    assert made.stat().st_mtime_ns == first
+    assert "1 ok, 0 up to date, 1 failed" in run_study("--fresh").output
+    assert made.stat().st_mtime_ns > first
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--kernel", "python3-wram"],
+            "unknown kernel 'python3-wram': did you mean 'python3-warm'",
+        ),
+        (["--kernel", "python3", "--memory", "1"], "a memory limit needs the kernel python3-warm"),
+    ],
+)
+def test_a_kernel_that_cannot_do_it_is_refused(study, run_study, options, expected):
+    result = run_study(*options)
+    assert isinstance(result.exception, InputError)
+    assert expected in str(result.exception)
+    assert not list((study / "outputs").rglob("status.json"))

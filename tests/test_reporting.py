@@ -14,6 +14,7 @@ from interp_kit.analyses.statistics import (
     breaking_layer,
     mean_interval,
     prediction_limit,
+    rank_agreement,
     rank_correlation,
 )
 from interp_kit.reporting.figures import (
@@ -26,7 +27,6 @@ from interp_kit.reporting.figures import (
     token_grid,
     trajectories,
 )
-from interp_kit.reporting.gallery import write_gallery
 from interp_kit.reporting.pictures import find_browser, write_pictures
 from interp_kit.reporting.records import named, record, sentence
 
@@ -161,31 +161,6 @@ def test_an_empty_folder_name_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_gallery_shows_failures_first_and_escapes(tmp_path):
-    cells = []
-    nothing = {"value": None, "unit": "nats", "control": None, "p": None}  # NaN, as JSON has it
-    summary = {"noise_floor": 0.0, "values": {"x": nothing}, "answers": {"q?": "<i>yes</i>"}}
-    for name, state in (("good", "ok"), ("bad", "error")):
-        place = tmp_path / "nb" / name / "s"
-        place.mkdir(parents=True)
-        (place / "summary.json").write_text(json.dumps(summary))
-        (place / "status.json").write_text(json.dumps({"traceback": "<img src=x>"}))
-        cells.append(
-            {
-                "notebook": "nb", "title": "Why <b>?", "model": name, "scenario": "s",
-                "folder": place, "state": state, "error": "<script>" * (state == "error"),
-            }
-        )  # fmt: skip
-    index = write_gallery(tmp_path, title="run", about="&", cells=cells)
-    text = index.read_text()
-    assert text.index("Failed") < text.index("Why &lt;b&gt;?")
-    assert "<script>" not in text
-    page = (tmp_path / "nb" / "bad" / "s" / "index.html").read_text()
-    assert "&lt;img src=x&gt;" in page
-    assert "q? &lt;i&gt;yes&lt;/i&gt;" in page
-    assert "http" not in text  # offline
-
-
 def test_figures_become_pictures_where_there_is_a_browser(tmp_path):
     browser = find_browser()
     if browser is None:
@@ -205,6 +180,30 @@ def test_a_prediction_limit_is_passed_as_often_as_it_says():
     assert np.mean(over) == pytest.approx(0.05, abs=0.006)
     with pytest.raises(ValueError, match="two control values"):
         prediction_limit([1.0])
+
+
+def test_rank_agreement_has_an_interval_and_none_where_a_column_is_constant():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=40)
+    table = pd.DataFrame({"a": x, "b": x + 0.3 * rng.normal(size=40), "c": 1.0, "d": -x})
+    found = rank_agreement(table, ["a", "b", "c", "d"], resamples=500)
+    by = found.set_index(["first", "second"])
+    assert by.low["a", "b"] > 0.7
+    assert by.low["a", "b"] < by.value["a", "b"] < by.high["a", "b"]
+    assert by.value["a", "d"] == pytest.approx(-1)
+    assert by.p["a", "b"] < 0.01
+    assert by.loc[("a", "c"), ["value", "low", "high"]].isna().all()
+
+
+def test_rank_agreement_covers_no_correlation_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = []
+    for _ in range(100):
+        (row,) = rank_agreement(
+            pd.DataFrame(rng.normal(size=(30, 2)), columns=["a", "b"]), ["a", "b"], resamples=200
+        ).itertuples()
+        covered.append(row.low <= 0 <= row.high)
+    assert 0.85 <= np.mean(covered) <= 1
 
 
 def test_the_breaking_layer_is_where_two_curves_part_for_good():

@@ -1,30 +1,68 @@
 """Runs the cells of a matrix with papermill, in parallel; what is up to date is skipped.
 
-A cell's ``status.json`` is written last and only there it counts as done: a run that was
-interrupted is simply run again. One failed cell never stops the others.
+A cell runs in a folder of its own beside the results. Only what ended well is moved into place,
+with a ``status.json`` that names every file by its hash; what failed is kept under ``failed/``. So
+a run may be stopped at any moment: nothing half-written is ever read, and the same command goes on.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import socket
+import sys
+import tempfile
 import time
+import uuid
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from statistics import mean
+from typing import Any
 
 import papermill
-from joblib import Parallel, delayed
+import psutil
+from filelock import FileLock, Timeout
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from tqdm import tqdm
 
-from interp_kit.batch.matrix import Cell
-from interp_kit.reporting.records import dump_json, write_atomically
+from interp_kit.batch import warm
+from interp_kit.batch.matrix import NOTEBOOKS, Cell, content_key
+from interp_kit.reporting.records import dump_json, provenance, write_atomically
+from interp_kit.specs import InputError, unknown
 
-KERNEL = "python3"  # of the environment that runs the batch
-CELL_TIMEOUT = 3600  # seconds that one notebook cell may take
+ATTEMPTS = 2  # of what may pass: a kernel that died, a timeout
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+RUNNING = ".running"  # of a run's folder: cells that have not ended
+
+_at_start = dict(os.environ)
+_stopped: set[str] = set()  # runs that were interrupted: what dies of them is no failure
+
+
+class Stopped(KeyboardInterrupt):
+    """Interrupted by Ctrl-C; what was done is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How cells are run, here or on a cluster's workers.
+
+    ``timeout``: seconds for one code cell of a notebook. ``memory``: GiB that a notebook may
+    take, under ``python3-warm``; no limit if ``None``. ``threads``: of a kernel, unless
+    the environment says; filled in, as ``run`` is.
+    """
+
+    kernel: str = warm.default_kernel()
+    timeout: int = 3600
+    memory: float | None = None
+    data: str | None = None
+    threads: int = 1
+    run: str = ""  # tells one run from another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,94 +76,361 @@ class Outcome:
 
 
 def stale(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells whose result is missing, failed or made from other inputs."""
+    """The cells whose result is missing, damaged, failed or made from other inputs."""
     return [cell for cell in cells if not _up_to_date(cell)]
 
 
+def failed(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells whose last attempt failed."""
+    return [cell for cell in cells if read_status(cell.failed_folder)]
+
+
 def run_cells(
-    cells: Sequence[Cell], *, workers: int, data: str | Path | None = None
+    cells: Sequence[Cell],
+    *,
+    workers: int,
+    how: How = How(),
+    fresh: bool = False,
+    scheduler: str | None = None,
 ) -> list[Outcome]:
-    """Run what is stale, ``workers`` at once; one outcome for each cell, in the order given."""
-    todo = {cell.id for cell in stale(cells)}
-    outcomes = {
-        cell.id: Outcome(cell=cell, state="up to date", seconds=0.0)
-        for cell in cells
-        if cell.id not in todo
-    }
-    _prepare_environment(workers, data)
-    jobs = [delayed(_run_cell)(cell) for cell in cells if cell.id in todo]
-    # Kernels are processes of their own, so threads are enough to wait for them.
-    pool = Parallel(n_jobs=workers, backend="threading", return_as="generator_unordered")
-    with tqdm(total=len(jobs), desc="cells", unit="cell", disable=not jobs) as progress:
-        for outcome in cast(Iterable[Outcome], pool(jobs)):
-            outcomes[outcome.cell.id] = outcome
-            failed = sum(o.state == "error" for o in outcomes.values())
-            progress.set_postfix_str(f"{failed} failed" if failed else outcome.cell.id)
-            progress.update()
+    """Run what is stale, ``workers`` at once; one outcome for each cell, in the order given.
+
+    ``fresh`` runs all. ``scheduler`` is the address of a Dask scheduler, whose workers then run the
+    cells. Raises ``InputError`` for an unknown kernel, if another run is writing to the same
+    folder, if the folder cannot be written to and if no scheduler answers; ``Stopped`` after
+    Ctrl-C.
+    """
+    run_folder = cells[0].run_folder
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    how = replace(how, threads=threads, run=uuid.uuid4().hex)
+    with _environment(how), _locked(run_folder), _cluster(scheduler) as client:
+        _check_kernel(how)
+        shutil.rmtree(run_folder / RUNNING, ignore_errors=True)  # of a run that was killed
+        todo = list(cells) if fresh else stale(cells)
+        outcomes = {c.id: Outcome(cell=c, state="up to date", seconds=0.0) for c in cells}
+        others = {child.pid for child in psutil.Process().children(recursive=True)}
+        executor = client.get_executor(pure=False) if client else ThreadPoolExecutor(workers)
+        at_once = (sum(client.nthreads().values()) or 1) if client else workers
+        job = _run_remotely if client else _run_here
+        futures = {executor.submit(job, cell, how): cell for cell in todo}
+        try:
+            for outcome in _watched(futures, at_once):
+                outcomes[outcome.cell.id] = outcome
+        except KeyboardInterrupt:
+            _stop(futures, how, client, others)
+            kept = len(cells) - len(stale(cells))
+            raise Stopped(
+                f"stopped: {kept} of {len(cells)} cells are done and kept; the same command goes "
+                "on from there"
+            ) from None
+        finally:
+            executor.shutdown()
+            shutil.rmtree(run_folder / RUNNING, ignore_errors=True)
     return [outcomes[cell.id] for cell in cells]
 
 
-def _prepare_environment(workers: int, data: str | Path | None) -> None:
-    """What the kernels inherit: the data folder, and no more threads than there are cores."""
-    if data:
-        os.environ["INTERP_KIT_DATA"] = str(Path(data).resolve())
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # MKL and torch follow it
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of a headless notebook end up in its output
+def read_status(folder: Path) -> dict[str, Any]:
+    """``status.json``, or an empty one where it is missing, unreadable or not as it was written."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        stated = status.pop("checksum")
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        return {}
+    return status if stated == _checksum(status) else {}
 
 
-def _run_cell(cell: Cell) -> Outcome:
+def _write_status(folder: Path, status: dict[str, Any]) -> None:
+    written = json.loads(dump_json(status))  # as it will be read: without NaN
+    text = dump_json(written | {"checksum": _checksum(written)})
+    write_atomically(folder / "status.json", text)
+
+
+def _checksum(status: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(status, sort_keys=True).encode()).hexdigest()
+
+
+def damaged(folder: Path) -> list[str]:
+    """The files of a cell's folder that are missing or not as its notebook wrote them."""
+    files: dict[str, str] = read_status(folder).get("files", {})
+    return [name for name, digest in files.items() if _digest(folder / name) != digest]
+
+
+def last_folder(cell: Cell) -> Path:
+    """The folder of the cell's last attempt: the failed one, if it failed."""
+    return cell.failed_folder if read_status(cell.failed_folder) else cell.folder
+
+
+# ---------------------------------------------------------------------------------------- one cell
+def _run_here(cell: Cell, how: How) -> Outcome:
+    place = cell.run_folder / RUNNING / cell.id
+    try:
+        status = execute(cell, place, how)
+        if how.run in _stopped:
+            return Outcome(cell=cell, state="error", seconds=0.0, error="stopped")
+        return _put_in_place(cell, place, status)
+    except OSError as error:  # a full disk, for instance; the others may still fit
+        shutil.rmtree(place, ignore_errors=True)
+        return Outcome(cell=cell, state="error", seconds=0.0, error=_writing(error))
+
+
+def execute(cell: Cell, place: Path, how: How) -> dict[str, Any]:
+    """Run the cell's notebook into the new folder ``place``; returns its status."""
     started = time.monotonic()
-    shutil.rmtree(cell.folder, ignore_errors=True)
-    cell.folder.mkdir(parents=True)
     failure: dict[str, Any] = {}
+    for attempt in range(1, ATTEMPTS + 1):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        failure, transient = _attempt(cell, place, how)
+        if not transient or how.run in _stopped:
+            break
+        failure["attempts"] = attempt
+    return {
+        "state": "error" if failure else "ok",
+        "id": cell.id,
+        "key": cell.key,
+        "seconds": round(time.monotonic() - started, 2),
+        "parameters": cell.parameters,
+        "kernel": how.kernel,
+        "made": provenance(),
+        **failure,
+    }
+
+
+def _attempt(cell: Cell, place: Path, how: How) -> tuple[dict[str, Any], bool]:
+    """What went wrong, if anything; and whether it may pass."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             papermill.execute_notebook(
                 str(cell.notebook),
-                str(cell.folder / "run.ipynb"),
-                cell.parameters,
-                kernel_name=KERNEL,
+                str(place / "run.ipynb"),
+                cell.parameters | {"output": place.as_posix()},
+                kernel_name=how.kernel,
                 progress_bar=False,
-                execution_timeout=CELL_TIMEOUT,
+                execution_timeout=how.timeout,
                 shutdown_kernel="immediate",  # nothing is left to save: 2 s less a run
                 extra_arguments=["--IPKernelApp.log_level=40"],  # errors only
             )
     except papermill.PapermillExecutionError as error:
-        failure = {
+        return {
             "error": f"{error.ename}: {error.evalue}",
             "notebook_cell": error.cell_index,
             "traceback": ANSI.sub("", "\n".join(error.traceback)),
-        }
-    except Exception as error:  # a dead kernel, a timeout, a full disk: the others go on
-        failure = {"error": f"{type(error).__name__}: {error}"}
-    seconds = round(time.monotonic() - started, 2)
-    status = {
-        "state": "error" if failure else "ok",
-        "id": cell.id,
-        "key": cell.key,
-        "seconds": seconds,
-        "parameters": cell.parameters,
-        **failure,
-    }
-    write_atomically(cell.folder / "status.json", dump_json(status))
+        }, False
+    except CellTimeoutError:
+        return {"error": f"a code cell took longer than the limit of {how.timeout} s"}, True
+    except DeadKernelError as error:
+        return {"error": f"the kernel died, as for want of memory ({error})"}, True
+    except OSError as error:
+        return {"error": _writing(error)}, False
+    except Exception as error:  # whatever it is, the others go on
+        return {"error": f"{type(error).__name__}: {error}"}, isinstance(error, RuntimeError)
+    return {}, False
+
+
+def _put_in_place(cell: Cell, place: Path, status: dict[str, Any]) -> Outcome:
+    """Move what was made to the results, or to what failed, with its status."""
+    files = sorted(p for p in place.rglob("*") if p.is_file())
+    status = status | {"files": {p.relative_to(place).as_posix(): _digest(p) for p in files}}
+    _write_status(place, status)
+    target = cell.failed_folder if status["state"] == "error" else cell.folder
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place.rename(target)
+    if status["state"] == "ok":
+        shutil.rmtree(cell.failed_folder, ignore_errors=True)
     return Outcome(
-        cell=cell, state=status["state"], seconds=seconds, error=failure.get("error", "")
+        cell=cell,
+        state=status["state"],
+        seconds=status["seconds"],
+        error=status.get("error", ""),
     )
 
 
-def read_status(folder: Path) -> dict[str, Any]:
-    """``status.json``, or an empty one where it is missing or unreadable."""
-    try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
-
-
 def _up_to_date(cell: Cell) -> bool:
+    """Whether the result is there, whole, and made from these inputs."""
     status = read_status(cell.folder)
-    return status.get("state") == "ok" and status.get("key") == cell.key
+    if status.get("state") != "ok" or status.get("key") != cell.key:
+        return False
+    if read_status(cell.failed_folder):  # a later attempt failed
+        return False
+    return not damaged(cell.folder)
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _writing(error: OSError) -> str:
+    return f"{error.strerror or error} ({error.filename}); make room, or choose other --outputs"
+
+
+def _check_kernel(how: How) -> None:
+    known = KernelSpecManager().find_kernel_specs()
+    if how.kernel not in known:
+        raise InputError(unknown("kernel", how.kernel, known, "one that Jupyter is told of"))
+    if how.memory and how.kernel != warm.WARM:
+        raise InputError(
+            f"a memory limit needs the kernel {warm.WARM}, got {how.kernel}; leave one of them out"
+        )
+
+
+@contextmanager
+def _environment(how: How) -> Iterator[None]:
+    """Inside, what kernels inherit; afterwards, what it was."""
+    given = dict(os.environ)
+    os.environ.update(_inherited(how, given))
+    warm.find_kernels()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(given)
+
+
+def _inherited(how: How, given: Mapping[str, str]) -> dict[str, str]:
+    """What kernels need to know of the run; what the person's environment says goes first."""
+    folders = [f for f in (how.data, given.get("INTERP_KIT_DATA")) if f]
+    ours = {
+        "OMP_NUM_THREADS": str(how.threads),  # MKL and torch follow it
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "TQDM_DISABLE": "1",  # bars of a headless notebook end up in its output
+    }
+    return {name: given.get(name, value) for name, value in ours.items()} | {
+        "INTERP_KIT_DATA": os.pathsep.join(folders),
+        warm.MEMORY_LIMIT: str(int(how.memory * 2**30)) if how.memory else "",
+    }
+
+
+# ------------------------------------------------------------------------------------- all of them
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder is this run's alone. The system drops the lock of a process that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another run is writing to {folder}; wait for it, or choose other --outputs"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror or error}); choose other --outputs"
+        ) from None
+    with lock:
+        yield
+
+
+@contextmanager
+def _cluster(scheduler: str | None) -> Iterator[Any]:
+    """A Dask client; nothing without an address."""
+    if scheduler is None:
+        yield None
+        return
+    try:
+        from distributed import Client  # type: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            "--scheduler needs Dask; install it with: pip install 'interp-kit[cluster]'"
+        ) from None
+    try:
+        client = Client(scheduler, timeout=5)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no Dask scheduler answers at {scheduler!r} ({error}); start one, or mend the address"
+        ) from None
+    with client:
+        if not client.nthreads():
+            print(f"no worker is there yet; waiting for one at {scheduler}", file=sys.stderr)
+        yield client
+
+
+def _run_remotely(cell: Cell, how: How) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """On a worker: status and files of the cell, if this machine has the same inputs."""
+    notebook = NOTEBOOKS / cell.notebook.name if not cell.notebook.is_file() else cell.notebook
+    own = replace(cell, notebook=notebook)
+    os.environ.update(_inherited(how, _at_start))  # a worker lives longer than a run
+    warm.find_kernels()
+    if content_key(notebook, cell.parameters, how.data) != cell.key:
+        error = (
+            f"worker {socket.gethostname()} has another version of the package, the notebook, the "
+            "models or the scenario; install and copy the same there, and start it again"
+        )
+        status = {"state": "error", "id": cell.id, "key": cell.key, "seconds": 0.0, "error": error}
+        return status, {}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "cell"
+        status = execute(own, place, how)
+        files = [p for p in place.rglob("*") if p.is_file()]
+        return status, {p.relative_to(place).as_posix(): p.read_bytes() for p in files}
+
+
+def _received(cell: Cell, status: dict[str, Any], files: dict[str, bytes]) -> Outcome:
+    """Store what a worker sent, as if it had been made here."""
+    place = cell.run_folder / RUNNING / cell.id
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        for name, content in files.items():
+            file = (place / name).resolve()
+            if not file.is_relative_to(place.resolve()):
+                raise OSError(f"a worker sent the file name {name!r}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        return _put_in_place(cell, place, status)
+    except OSError as error:
+        shutil.rmtree(place, ignore_errors=True)
+        return Outcome(cell=cell, state="error", seconds=0.0, error=_writing(error))
+
+
+def _watched(futures: dict[Future, Cell], at_once: int) -> Iterator[Outcome]:
+    """Outcomes as they come, with a bar that says how long the rest will take."""
+    expected = {cell.id: read_status(last_folder(cell)).get("seconds") for cell in futures.values()}
+    measured: list[float] = []
+    n_failed = 0
+    bar = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
+    with tqdm(total=len(futures), desc="cells", bar_format=bar, disable=not futures) as progress:
+        for future in as_completed(futures):
+            cell = futures[future]
+            try:
+                result = future.result()
+            except Exception as error:  # a cluster that lost the cell too often
+                message = f"{type(error).__name__}: {error}"
+                result = Outcome(cell=cell, state="error", seconds=0.0, error=message)
+            outcome = result if isinstance(result, Outcome) else _received(cell, *result)
+            measured.append(outcome.seconds)
+            n_failed += outcome.state == "error"
+            expected.pop(cell.id)
+            left = sum(s if s else mean(measured) for s in expected.values()) / at_once
+            parts = [f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left"]
+            parts += [f"{n_failed} failed"] if n_failed else []
+            progress.set_postfix_str(", ".join(parts), refresh=False)
+            progress.update()
+            yield outcome
+
+
+def _stop(futures: Collection[Future], how: How, client: Any, others: Collection[int]) -> None:
+    """Nothing new starts, and what runs ends: here until the last thread is back."""
+    for future in futures:
+        future.cancel()
+    if client:
+        client.run(_kill_kernels, how.run)
+        return
+    while not all(future.done() for future in futures):
+        _kill_kernels(how.run, others)
+        wait(futures, timeout=0.2)
+
+
+def _kill_kernels(run: str, others: Collection[int] = ()) -> None:
+    """End this process' children but for the ``others``, which are not the run's."""
+    _stopped.add(run)
+    for child in psutil.Process().children(recursive=True):
+        if child.pid not in others:
+            with suppress(psutil.Error):
+                child.kill()

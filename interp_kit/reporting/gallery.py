@@ -1,145 +1,334 @@
 """The report of a run: plain HTML that works offline, an index and a page for each cell.
 
-Everything that comes from models, prompts or files is escaped.
+Everything that comes from models, prompts or files is escaped by the templates. A strict
+content-security policy stands behind that: only the one script and style of each page run, known by
+their hashes, and what the script loads: ``plotly.min.js`` beside the index. Figures are data.
 """
 
+import base64
+import hashlib
+import html
 import json
-from collections.abc import Mapping, Sequence
-from html import escape
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import plotly.io
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
+from pydantic import BaseModel
 
+from interp_kit.reporting.findings import (
+    Result,
+    compare,
+    findings,
+    read_folder,
+    read_result,
+    what_is_wrong,
+)
 from interp_kit.reporting.records import sentence, write_atomically
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1a1a1a; background: #fff }
-h1, h2 { line-height: 1.2 } a { color: #0b5394 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { border: 1px solid #ccc;
-       padding: .3rem .6rem; text-align: left; vertical-align: top }
-.error { color: #a40000; font-weight: 600 } .scroll { overflow-x: auto }
-pre { background: #f5f5f5; padding: 1rem; overflow-x: auto }
-"""
+ENDED = {"ok": "ok", "error": "failed", "damaged": "damaged", "not run": "not run"}
+NOT_LISTED = ("index.html", "status.json")
 
 
 def write_gallery(
-    folder: Path, *, title: str, about: str, cells: Sequence[Mapping[str, Any]]
+    folder: Path,
+    *,
+    title: str,
+    about: str,
+    cells: Sequence[Mapping[str, Any]],
+    against: Path | None = None,
 ) -> Path:
     """Write ``folder/index.html`` and a page a cell; returns the index.
 
-    Each cell gives ``notebook title model scenario folder state seconds error``; its figures,
-    summary and status are read from its folder.
+    Each cell gives ``notebook title model scenario folder``; the rest is read from its folder.
+    ``against`` is the output folder of another run, whose values are set beside this run's.
     """
+    results = [read_result(cell) for cell in cells]
+    ran = [r for r in results if r.state != "not run"]
+    pages = _environment(folder)
     write_atomically(folder / "plotly.min.js", get_plotlyjs())
-    for cell in cells:
-        _write_page(folder, cell)
-    failed = [c for c in cells if c["state"] == "error"]
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(about)}</p>"]
-    parts.append(f"<p>{len(cells)} cells, {len(failed)} failed.</p>")
-    if failed:
-        parts.append("<h2>Failed</h2><ul>")
-        parts += [
-            f"<li>{_link(folder, c, _place(c))}: <span class=error>{escape(c['error'])}</span></li>"
-            for c in failed
-        ]
-        parts.append("</ul>")
-    for notebook in dict.fromkeys(c["notebook"] for c in cells):
-        parts.append(_section(folder, [c for c in cells if c["notebook"] == notebook]))
+    problems = {
+        result.id: _write_page(pages, folder, result, run=title, before=before, after=after)
+        for before, result, after in zip([None, *ran], ran, [*ran[1:], None])
+    }
     index = folder / "index.html"
-    write_atomically(index, _page(title, "\n".join(parts)))
+    write_atomically(
+        index,
+        pages.get_template("index.html.jinja").render(
+            title=title,
+            description=about,
+            counts=_counts(results),
+            failed=[r for r in ran if r.state == "error"],
+            damaged=[(r, problem) for r in ran for problem in problems[r.id].items()],
+            summaries=[r for r in ran if r.recorded and r.is_summary],
+            singles=[r for r in ran if r.recorded and r.recorded.answers and not r.is_summary],
+            models=_each(m for r in ran for m in r.models),
+            scenarios=_each(s for r in ran for s in r.scenarios),
+            analyses=_each(r.notebook for r in ran),
+            findings=_with_results(findings(sorted(ran, key=lambda r: not r.is_summary)), ran),
+            columns=_each(r.scenario for r in results),
+            matrix=_matrix(results),
+            made=_made_with(ran),
+            ran=ran,
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            **_comparison(ran, against),
+            **_inlined("index.js", plotly=False),
+        ),
+    )
     return index
 
 
-def _section(folder: Path, cells: Sequence[Mapping[str, Any]]) -> str:
-    models = list(dict.fromkeys(c["model"] for c in cells))
-    scenarios = list(dict.fromkeys(c["scenario"] for c in cells))
-    by_place = {(c["model"], c["scenario"]): c for c in cells}
-    head = "".join(f"<th scope=col>{escape(s)}</th>" for s in scenarios)
-    rows = []
-    for model in models:
-        entries = "".join(
-            f"<td>{_entry(folder, by_place.get((model, scenario)))}</td>" for scenario in scenarios
-        )
-        rows.append(f"<tr><th scope=row>{escape(model)}</th>{entries}</tr>")
-    return (
-        f"<h2>{escape(cells[0]['title'] or cells[0]['notebook'])}</h2>"
-        f"<p>{escape(cells[0]['notebook'])}</p><div class=scroll><table>"
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+# ------------------------------------------------------------------------------------------ pages
+def _write_page(
+    pages: Environment,
+    folder: Path,
+    result: Result,
+    *,
+    run: str,
+    before: Result | None,
+    after: Result | None,
+) -> dict[str, str]:
+    """Write the cell's page; returns what is wrong with its files."""
+    place = result.folder
+    figures, problems = [], dict(result.damaged)
+    for file in sorted((place / "figures").glob("*.json")):
+        name = f"figures/{file.name}"
+        try:
+            figures += [_figure(file)] if name not in problems else []
+        except (OSError, ValueError) as error:
+            problems[name] = what_is_wrong(error)
+    listed = sorted(p.name for p in place.iterdir() if p.is_file() and p.name.isprintable())
+    status, recorded = result.status, result.recorded
+    made = {
+        "content key": status.key,
+        "seconds": _number(status.seconds),
+        "kernel": status.kernel,
+        "parameters": _parameters(result),
+        **status.made,
+        **(recorded.versions if recorded else {}),
+    }
+    text = pages.get_template("cell.html.jinja").render(
+        result=result,
+        run=run,
+        before=before,
+        after=after,
+        to_top="../" * len(place.relative_to(folder).parts),
+        problems=problems,
+        figures=figures,
+        files=[(name, quote(name)) for name in listed if name not in NOT_LISTED],
+        made=[(name, value) for name, value in made.items() if value],
+        plotly_styles=_plotly_styles(),
+        **_inlined("cell.js", plotly=True),
     )
+    write_atomically(place / "index.html", text)
+    return problems
 
 
-def _entry(folder: Path, cell: Mapping[str, Any] | None) -> str:
-    if cell is None:
-        return ""
-    kind = " class=error" if cell["state"] == "error" else ""
-    word = "failed" if cell["state"] == "error" else "ok"
-    return f"<span{kind}>{_link(folder, cell, word)}</span>"
+class _Figure(BaseModel):
+    data: list[dict[str, Any]]
+    layout: dict[str, Any] = {}
 
 
-def _write_page(folder: Path, cell: Mapping[str, Any]) -> None:
-    place = Path(cell["folder"])
-    to_top = "../" * len(place.relative_to(folder).parts)
-    parts = [
-        f'<p><a href="{to_top}index.html">All cells</a></p>',
-        f"<h1>{escape(cell['title'] or cell['notebook'])}</h1><p>{escape(_place(cell))}</p>",
+def _figure(file: Path) -> dict[str, Any]:
+    text = file.read_text(encoding="utf-8")
+    figure = _Figure.model_validate_json(text)
+    title = _title(figure.layout) or file.stem
+    axes = {k: _title(v) for k, v in figure.layout.items() if re.match("[xy]axis", k)}
+    x_titles, y_titles = ([t for k, t in axes.items() if k[0] == letter] for letter in "xy")
+    series = [_plain_text(trace.get("name")) for trace in figure.data]
+    parts = [title, *_named("across", x_titles), *_named("up", y_titles), *_named("shown", series)]
+    picture = file.with_suffix(".png")
+    return {
+        "title": title,
+        "text": ". ".join(part.rstrip(".") for part in parts) + ".",
+        "href": quote(f"figures/{file.name}"),
+        "picture": quote(f"figures/{picture.name}") if picture.is_file() else "",
+        "spec": _harmless(text),
+    }
+
+
+def _named(word: str, names: Iterable[str]) -> list[str]:
+    return [f"{word.capitalize()}: {', '.join(kept)}"] if (kept := _each(names)) else []
+
+
+def _title(part: Any) -> str:
+    """The title of a figure's layout or axis: a text, or an object that holds one."""
+    title = part.get("title") if isinstance(part, dict) else None
+    return _plain_text(title.get("text") if isinstance(title, dict) else title)
+
+
+def _plain_text(text: Any) -> str:
+    """What a reader of Plotly's text, a subset of HTML, sees."""
+    return html.unescape(re.sub(r"<[^<>]*>", " ", text)).strip() if isinstance(text, str) else ""
+
+
+def _harmless(text: str) -> str:
+    """The same JSON without the characters that could end its script element."""
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _counts(results: Sequence[Result]) -> str:
+    states = [r.state for r in results]
+    counts = [f"{states.count(s)} {word}" for s, word in ENDED.items() if s in states]
+    return f"{len(results)} cells: {', '.join(counts)}."
+
+
+def _matrix(results: Sequence[Result]) -> list[list[list[Result]]]:
+    """Notebook -> model -> results."""
+    order = {notebook: i for i, notebook in enumerate(_each(r.notebook for r in results))}
+    models = {model: i for i, model in enumerate(_each(r.model for r in results))}
+    ordered = sorted(results, key=lambda r: (order[r.notebook], models[r.model]))
+    return [
+        [list(row) for _, row in groupby(group, key=lambda r: r.model)]
+        for _, group in groupby(ordered, key=lambda r: r.notebook)
     ]
-    summary = _read_json(place / "summary.json")
-    if cell["state"] == "error":
-        parts.append(f"<p class=error>{escape(cell['error'])}</p>")
-        parts.append(f"<pre>{escape(_read_json(place / 'status.json').get('traceback', ''))}</pre>")
-    if summary:
-        floor = summary["noise_floor"] or 0.0
-        lines = [
-            sentence(name, {k: _number(k, v) for k, v in entry.items()}, noise_floor=floor)
-            for name, entry in summary["values"].items()
-        ]
-        answers = [
-            f"{question}{' ' if question.endswith('?') else ': '}{answer}"
-            for question, answer in summary.get("answers", {}).items()
-        ]
-        parts += [f"<p><b>{escape(answer)}</b></p>" for answer in answers]
-        parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
-        parts.append(f"<p>Numerical noise floor: {floor:.1e}</p>")
-    for i, file in enumerate(sorted((place / "figures").glob("*.json"))):
-        figure = plotly.io.from_json(file.read_text(encoding="utf-8"))
-        parts.append(
-            plotly.io.to_html(figure, include_plotlyjs=False, full_html=False, div_id=f"figure{i}")
-        )
-    files = sorted(p.name for p in place.iterdir() if p.is_file() and p.name != "index.html")
-    links = [f'<li><a href="{quote(name)}">{escape(name)}</a></li>' for name in files]
-    parts.append(f"<h2>Files</h2><ul>{''.join(links)}</ul>")
-    script = f'<script src="{to_top}plotly.min.js"></script>'
-    write_atomically(place / "index.html", _page(_place(cell), script + "\n".join(parts)))
 
 
-def _number(name: str, value: Any) -> Any:
-    numbers = ("value", "low", "high", "control", "p")
-    return float("nan") if value is None and name in numbers else value
+def _made_with(ran: Sequence[Result]) -> dict[str, list[str]]:
+    made: dict[str, list[str]] = {}
+    for r in ran:
+        own = {k: v for k, v in r.status.made.items() if k != "date"} | {"kernel": r.status.kernel}
+        for name, value in (own | (r.recorded.versions if r.recorded else {})).items():
+            if value and value not in made.setdefault(name, []):
+                made[name].append(value)
+    return {name: values for name, values in made.items() if values}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+def _comparison(ran: Sequence[Result], against: Path | None) -> dict[str, Any]:
+    if against is None:
+        return {"other": ""}
+    own, others = {r.id: r for r in ran}, {r.id: r for r in read_folder(against)}
+    table = compare(findings(ran), findings(list(others.values())))
+    counts = table.verdict.value_counts(sort=False)
+    shared = [r for r in ran if r.id in others]
+    return {
+        "other": against.as_posix(),
+        "verdicts": "; ".join(
+            [f"{len(table)} values in both", *(f"{verdict}: {n}" for verdict, n in counts.items())]
+        ),
+        "comparison": _with_results(table, ran),
+        "rekeyed": [
+            (r, others[r.id].status.key) for r in shared if others[r.id].status.key != r.status.key
+        ],
+        "only_here": [id for id in own if id not in others],
+        "only_there": [id for id in others if id not in own],
+    }
 
 
-def _place(cell: Mapping[str, Any]) -> str:
-    return f"{cell['notebook']} · {cell['model']} · {cell['scenario']}"
+def _with_results(table: pd.DataFrame, results: Sequence[Result]) -> list[tuple[Any, Result]]:
+    by_id = {r.id: r for r in results}
+    return [(row, by_id[id]) for row, id in zip(table.itertuples(), table["id"])]
 
 
-def _link(folder: Path, cell: Mapping[str, Any], text: str) -> str:
-    target = quote((Path(cell["folder"]).relative_to(folder) / "index.html").as_posix())
-    return f'<a href="{target}">{escape(text)}</a>'
+def _each(names: Iterable[str]) -> list[str]:
+    """Those that are not empty, once, in order."""
+    return [name for name in dict.fromkeys(names) if name]
 
 
-def _page(title: str, body: str) -> str:
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>"
+# --------------------------------------------------------------------------------------- templates
+def _environment(folder: Path) -> Environment:
+    """Templates that escape everything they are given."""
+    pages = Environment(
+        loader=PackageLoader("interp_kit.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+
+    def page(result: Result) -> str:
+        return quote((result.folder.relative_to(folder) / "index.html").as_posix())
+
+    pages.filters |= {
+        "page": page,
+        "json": lambda value: json.dumps(value, ensure_ascii=False),
+        "sentences": _sentences,
+        "parameters": _parameters,
+        "ended": _ended,
+        "number": _number,
+        "plain": lambda value: "" if _missing(value) else repr(float(value)),
+        "interval": lambda low, high: "" if _missing(low) else f"[{_number(low)}, {_number(high)}]",
+        "yes_no": lambda value: "" if value is None else "yes" if value else "no",
+    }
+    return pages
+
+
+def _sentences(result: Result) -> list[str]:
+    if result.recorded is None:
+        return []
+    floor = 0.0 if math.isnan(result.recorded.noise_floor) else result.recorded.noise_floor
+    lines = []
+    for name, value in result.recorded.values.items():
+        given = {k: v for k, v in value.model_dump().items() if k == "value" or not _missing(v)}
+        lines.append(sentence(name, given, noise_floor=floor))
+    return lines
+
+
+def _parameters(result: Result) -> str:
+    given = {k: v for k, v in result.status.parameters.items() if k != "output"}
+    seed = (result.recorded.about if result.recorded else {}).get("seed")
+    seeds = {} if seed is None else {"seed": seed}
+    return json.dumps(seeds | given, ensure_ascii=False) if seeds | given else ""
+
+
+def _ended(result: Result) -> str:
+    seconds = f" ({result.status.seconds:.0f} s)" if result.status.seconds else ""
+    return ENDED.get(result.state, result.state) + seconds
+
+
+def _number(value: float | None) -> str:
+    """Four digits; nothing where there is no number."""
+    if _missing(value):
+        return ""
+    value = float(value or 0)
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _inlined(script: str, *, plotly: bool) -> dict[str, str]:
+    """Style, script and the policy that lets only these run."""
+    code, style = _template(script), _template("report.css")
+    rules = {"default-src": "'none'", "script-src": _hash(code), "style-src": _hash(style)}
+    if plotly:  # loaded by the script; fills empty styles; draws heat maps as images
+        rules["script-src"] += " 'strict-dynamic'"
+        rules["style-src"] += f" {_hash('')}"
+        allowed = " ".join(map(_hash, ("", _plotly_crisp_images())))
+        rules |= {"style-src-attr": f"'unsafe-hashes' {allowed}", "img-src": "data: blob:"}
+    rules |= {"base-uri": "'none'", "form-action": "'none'"}
+    policy = "; ".join(f"{name} {value}" for name, value in rules.items())
+    return {"script": code, "style": style, "policy": policy}
+
+
+@cache
+def _template(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@cache
+def _plotly_styles() -> list[str]:
+    """Ids of the stylesheets that plotly.js would add inline, unless they are there."""
+    return re.findall(r'if\(!document\.getElementById\("([0-9a-f]{64})"\)\)', get_plotlyjs())
+
+
+@cache
+def _plotly_crisp_images() -> str:
+    """The one style attribute that plotly.js sets as text, on the image of a heat map."""
+    found = re.search(r"CSS_DECLARATIONS=(\[\[.*?\]\])", get_plotlyjs())
+    return "".join(f"{name}: {value}; " for name, value in json.loads(found[1])) if found else ""

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import plotly.io
+from plotly.basedatatypes import BaseFigure
 from tqdm import tqdm
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome")
@@ -21,10 +22,20 @@ def write_pictures(folder: Path, *, browser: str) -> int:
     """``NAME.png`` beside every ``figures/NAME.json`` below ``folder``; returns how many."""
     files = sorted(folder.glob("**/figures/*.json"))
     os.environ["BROWSER_PATH"] = browser  # where kaleido looks
+    written = 0
     with tqdm(total=len(files), desc="pictures", unit="figure", leave=False) as bar:
         for start in range(0, len(files), AT_ONCE):
             some = files[start : start + AT_ONCE]
-            figures = [plotly.io.from_json(file.read_text(encoding="utf-8")) for file in some]
-            plotly.io.write_images(figures, [f.with_suffix(".png") for f in some], width=1000)
+            figures = {f.with_suffix(".png"): figure for f in some if (figure := _read(f))}
+            plotly.io.write_images(list(figures.values()), list(figures), width=1000)
+            written += len(figures)
             bar.update(len(some))
-    return len(files)
+    return written
+
+
+def _read(file: Path) -> BaseFigure | None:
+    """The figure, or nothing where the file is damaged, which the report says."""
+    try:
+        return plotly.io.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -3,7 +3,11 @@
 import json
 import math
 import os
+import platform
+import subprocess
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -101,6 +105,19 @@ def record(
     write_atomically(folder / "summary.json", dump_json(content))
 
 
+def provenance() -> dict[str, str]:
+    """When, from which commit and on what this is made: ``date commit python platform``.
+
+    ``commit`` ends in ``-dirty`` if tracked files differ from it; outside a repository it is empty.
+    """
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": f"{platform.platform()}, {os.cpu_count()} cores",
+    }
+
+
 def dump_json(content: Any) -> str:
     """JSON that every reader accepts: NaN and infinity become null."""
     return json.dumps(_finite(content), indent=1, ensure_ascii=False)
@@ -109,8 +126,25 @@ def dump_json(content: Any) -> str:
 def write_atomically(file: Path, text: str) -> None:
     """The whole text or nothing: written beside and moved into place."""
     beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+@cache
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed: a repository around it is another project's
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
 
 
 def _finite(content: Any) -> Any:

@@ -1,0 +1,118 @@
+"""A small study: notebooks that do next to nothing, a run file, an output folder.
+
+``python -m tests.study FOLDER run ...`` is ``interp-kit run ...`` on the notebooks of ``FOLDER``.
+"""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import psutil
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from interp_kit.batch import matrix
+from interp_kit.batch.matrix import Cell, expand
+from interp_kit.specs import read_run
+
+PARAMETERS = """
+model: str = "tiny-gemma2"  # a model
+scenario: str = "CC_continue"  # a scenario
+fail_on: str = ""  # raise for this scenario
+times: int = 1  # how often
+output: str = ""  # folder
+"""
+BODY = """
+from pathlib import Path
+if scenario == fail_on:
+    raise ValueError("made to fail <script>alert(1)</script>")
+Path(output, "result.txt").write_text(model * times)
+"""
+# Tells of every execution, and has written half of its result for a while.
+LOGGED_PARAMETERS = """
+model: str = "tiny-gemma2"  # a model
+scenario: str = "CC_continue"  # a scenario
+log: str = ""  # every execution adds a line
+pause: float = 0.0  # seconds, with the result half written
+output: str = ""  # folder
+"""
+LOGGED = """
+import time
+from pathlib import Path
+with open(log, "a") as lines:
+    print(model, scenario, file=lines)
+with open(Path(output, "result.txt"), "w") as result:
+    print(model, file=result, flush=True)
+    time.sleep(pause)
+    print(scenario, file=result)
+"""
+MODELS = ["tiny-gemma2", "ipd-hybrid"]
+SCENARIOS = ["CC_continue", "CD_punished"]
+
+
+def write_notebook(folder, name, parameters=PARAMETERS, body=BODY, tag="parameters"):
+    cells = [new_markdown_cell(f"# {name}?"), new_code_cell(parameters), new_code_cell(body)]
+    cells[1].metadata["tags"] = [tag]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+
+
+def make_study(folder: Path) -> Path:
+    """Two small notebooks, and one that tells of every execution."""
+    notebooks = folder / "notebooks"
+    notebooks.mkdir()
+    write_notebook(notebooks, "each")
+    together = 'models: list[str] = []\nscenarios: list[str] = []\noutput: str = ""\n'
+    write_notebook(
+        notebooks, "all", together, "from pathlib import Path\nPath(output, 'x').touch()"
+    )
+    write_notebook(notebooks, "logged", LOGGED_PARAMETERS, LOGGED)
+    return folder
+
+
+def run_file(study: Path, notebooks, models=MODELS, scenarios=SCENARIOS) -> Path:
+    file = study / "trial.yaml"
+    run = {"models": list(models), "scenarios": list(scenarios), "notebooks": notebooks}
+    file.write_text(yaml.safe_dump(run, sort_keys=False))
+    return file
+
+
+def cells_of(study, notebooks, *, models=MODELS, scenarios=SCENARIOS, **kwargs) -> list[Cell]:
+    run = read_run(run_file(study, notebooks, models, scenarios))
+    given = {"outputs": study / "outputs", "notebooks": study / "notebooks"} | kwargs
+    return expand(run, **given)
+
+
+def result_of(cell: Cell) -> str:
+    return (cell.folder / "result.txt").read_text()
+
+
+def expected_of(cell: Cell) -> str:
+    """What the notebook ``logged`` writes."""
+    return f"{cell.parameters['model']}\n{cell.parameters['scenario']}\n"
+
+
+def processes_of(text: str) -> list[psutil.Process]:
+    """Running processes whose environment or command line contains ``text``."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            said = [*process.cmdline(), *process.environ().values()]
+            if process.status() != psutil.STATUS_ZOMBIE and any(text in word for word in said):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def main() -> None:
+    from interp_kit import cli
+
+    folder = sys.argv.pop(1)
+    matrix.expand.__kwdefaults__["notebooks"] = Path(folder)
+    cli._preflight = lambda cells, data: None  # these notebooks load no model
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
