@@ -9,7 +9,7 @@ run: .venv/installed
 	$(BIN)/interp-kit run papermill_params/demo.yaml --workers $(WORKERS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 	JUPYTER_PATH=interp_kit/batch $(BIN)/python -m pytest -q --nbval --nbval-kernel-name \
 	  $$($(BIN)/python -c "from interp_kit.batch import warm; print(warm.default_kernel())") notebooks
 
