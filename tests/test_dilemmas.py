@@ -7,7 +7,13 @@ import pytest
 
 from interp_kit.analyses import behaviour
 from interp_kit.analyses.behaviour import swapped_options
-from interp_kit.decisions import decide, encode, encode_scenario
+from interp_kit.decisions import (
+    decide,
+    encode,
+    encode_scenario,
+    with_unrelated_counterfactuals,
+)
+from interp_kit.experiments import comparable_positions
 from interp_kit.finetuning.corpus import Corpus, held_out_dilemma
 from interp_kit.loading import load_model
 from interp_kit.specs import PAIRS, REPOSITORY, InputError, find_scenario, list_scenarios
@@ -101,6 +107,26 @@ def test_a_planted_preference_for_a_place_is_found(base, monkeypatch):
     after = swapped_options(base, prompts)
     assert (after.bias - before.bias).tolist() == pytest.approx([0.5] * 21)
     assert after.content.tolist() == pytest.approx(before.content.tolist())
+
+
+def test_an_unrelated_counterfactual_is_another_dilemma_with_the_same_answers(base):
+    prompts = {p.id: p for p in encode_scenario(base, find_scenario("dilemmas"))}
+    by_tokens = {p.tokens: p for p in prompts.values()}
+    controls = with_unrelated_counterfactuals(list(prompts.values()))
+    assert len(controls) > 30
+    for control in controls:
+        other = by_tokens[control.counterfactual]
+        assert other.group != control.group
+        assert (other.positive, other.negative) == (control.positive, control.negative)
+        assert len(other.tokens) == len(control.tokens)
+        assert control.tokens == prompts[control.id].tokens
+    assert with_unrelated_counterfactuals(controls[:1]) == []
+
+
+def test_positions_correspond_where_all_lengths_are_equal(base):
+    matched, free = (encode_scenario(base, find_scenario(name)) for name in NAMES)
+    assert comparable_positions(matched) == "all"
+    assert comparable_positions([*matched, free[0]]) == "decision"
 
 
 def test_one_order_says_nothing_of_a_bias(base):

@@ -2,7 +2,7 @@
 
 A ``jupyter_client`` kernel provisioner, so that papermill, nbval and Jupyter use it as any other
 kernel. One zygote (``zygote.py``) serves all kernels of the process that asks for them, and ends
-with it. Where it cannot work (not on Linux), ``kernel_name`` says ``python3``.
+with it. Where it cannot work (not on Linux), ``default_kernel`` says ``python3``.
 """
 
 import itertools
