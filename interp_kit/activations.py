@@ -6,41 +6,44 @@ tables and figures it is -1. Prompts of one length go together, so that nothing 
 """
 
 import hashlib
-import json
-import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.checkpoints import weights_hash
+from interp_kit import store
 from interp_kit.decisions import Prompt, batches
 from interp_kit.specs import ModelSpec
 
 Residuals = Float[Tensor, "prompt layer d_model"]
 
 
-Passes = dict[tuple[int, bytes], dict[str, Tensor]]
-_shared: ContextVar[Passes | None] = ContextVar("shared passes", default=None)
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """The passes that analyses share; kept on disk, too, if it is known whose they are."""
+
+    model: ModelSpec | None
+    passes: dict[tuple[int, bytes], dict[str, Tensor]]
+
+
+_shared: ContextVar[_Shared | None] = ContextVar("shared passes", default=None)
 
 
 @contextmanager
-def shared_passes() -> Iterator[None]:
+def shared_passes(model: ModelSpec | None = None) -> Iterator[None]:
     """Inside, one forward pass of a batch serves every analysis that reads its last positions.
 
     Lens, attribution and their controls then cost one pass together. Nothing may change what the
-    model computes inside: no switch to another adapter, no hook, no steering.
+    model computes inside: no switch to another adapter, no hook, no steering. ``model`` says which
+    one computes: then other notebooks share the passes too, where there is a ``store`` for them.
     """
-    token = _shared.set({})
+    token = _shared.set(_Shared(model=model, passes={}))
     try:
         yield
     finally:
@@ -54,13 +57,13 @@ def read_last(
 
     Of ``unembed.hook_out`` the last position only: the others are never unembedded.
     """
-    passes = _shared.get()
-    if passes is None:
+    shared = _shared.get()
+    if shared is None:
         return _read_last(bridge, tokens, names, read)
     key = (id(bridge), repr(tokens.tolist()).encode())
-    kept = passes.get(key)
-    if kept is None or kept["blocks.0.hook_resid_pre"].shape[1] < read:
-        kept = passes[key] = _read_last(bridge, tokens, last_names(bridge), read)
+    kept = shared.passes.get(key)
+    if not _reaches(kept, read):
+        kept = shared.passes[key] = _shared_pass(bridge, tokens, read, shared.model)
     return {name: kept[name][:, -read:] for name in names}
 
 
@@ -95,31 +98,70 @@ def residuals(
     ``suffix`` is one further token: then the last position is its.
     """
     rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
-    return _last_residuals(bridge, rows)
+    return last_residuals(bridge, rows)
 
 
-def stored_residuals(
-    bridge: TransformerBridge, rows: Sequence[Sequence[int]], *, folder: str | Path, model_key: str
+def last_residuals(
+    bridge: TransformerBridge,
+    rows: Sequence[Sequence[int]],
+    *,
+    model: ModelSpec | None = None,
 ) -> Residuals:
-    """``residuals`` at the last of each row of token ids, kept in ``folder`` by content.
+    """``residuals`` at the last of each row of token ids.
 
-    The file is named by a hash of ``model_key``, the token ids and the layer convention;
-    ``model_key`` must change whenever the model's weights do, as that of ``model_key`` does. An
-    empty ``folder`` keeps nothing. A damaged file is computed again, with a warning.
+    ``model`` says which one computes: then they are kept on disk, where there is a ``store``.
     """
-    content = json.dumps(["resid_post, float32", model_key, [*map(list, rows)]])
-    file = Path(folder) / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
-    stream = _read_checked(file) if str(folder) and file.is_file() else None
-    if stream is None:
-        stream = _last_residuals(bridge, rows)
-        if str(folder):
-            _write_checked(file, stream)
-    return stream
+    name = store.name_of(bridge, model, "last", [*map(list, rows)]) if model else ""
+    found = store.find(name) if name else None
+    if found is not None:
+        return found["stream"]
+    result = torch.empty(len(rows), bridge.cfg.n_layers, bridge.cfg.d_model)
+    for index in batches([(len(row), None) for row in rows]):
+        stream = residual_stream(bridge, torch.tensor([rows[i] for i in index]), 1)[1:, :, 0]
+        result[index] = stream.movedim(0, 1).float().cpu()
+    if name:
+        store.keep(name, {"stream": result})
+    return result
 
 
-def model_key(spec: ModelSpec) -> str:
-    """Identity of the weights: a hash of the model's files, or of its Hugging Face id."""
-    return weights_hash(spec)
+@contextmanager
+def resumed(bridge: TransformerBridge, layer: int) -> Iterator[None]:
+    """Inside, a batch that comes again is computed from the output of block ``layer`` on.
+
+    For many edits of the stream there or later: the blocks before are computed once. Nothing inside
+    may change what those compute or read them, and no key-value cache may be in use: a batch is
+    known again by what enters the first block.
+    """
+    ended: dict[bytes, Any] = {}  # what left block ``layer``, by what entered the first one
+    now = b""
+
+    def wrapped(at: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal now
+            if at == 0:
+                entering = args[0] if args else kwargs["hidden_states"]
+                now = _digest(entering)
+            if now in ended:
+                return ended[now]
+            out = forward(*args, **kwargs)
+            if at == layer:
+                ended[now] = out
+            return out
+
+        return run
+
+    blocks = [block.original_component for block in bridge.blocks[: layer + 1]]
+    own = [vars(block).get("forward") for block in blocks]
+    try:
+        for at, block in enumerate(blocks):
+            block.forward = wrapped(at, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, own):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def through_frozen_norm(
@@ -151,6 +193,31 @@ def norm_scale(
 
 
 # ------------------------------------------------------------------------------------- internals
+def _digest(x: Tensor) -> bytes:
+    raw = x.detach().contiguous().view(torch.uint8).cpu().numpy()
+    return hashlib.sha256(repr(x.shape).encode() + raw.tobytes()).digest()
+
+
+def _reaches(kept: dict[str, Tensor] | None, read: int) -> TypeGuard[dict[str, Tensor]]:
+    """Whether a pass was kept, as far back as is asked for."""
+    return kept is not None and kept["blocks.0.hook_resid_pre"].shape[1] >= read
+
+
+def _shared_pass(
+    bridge: TransformerBridge, tokens: Tensor, read: int, model: ModelSpec | None
+) -> dict[str, Tensor]:
+    """All that is read of last positions, from the disk if it is there."""
+    names = last_names(bridge)
+    name = store.name_of(bridge, model, names, tokens.tolist()) if model else ""
+    found = store.find(name) if name else None
+    if _reaches(found, read):
+        return {key: tensor.to(bridge.cfg.device) for key, tensor in found.items()}
+    computed = _read_last(bridge, tokens, names, read)
+    if name:
+        store.keep(name, computed)
+    return computed
+
+
 @torch.no_grad()
 def _read_last(
     bridge: TransformerBridge, tokens: Tensor, names: Sequence[str], read: int
@@ -168,36 +235,3 @@ def _read_last(
         ],
     )
     return kept
-
-
-def _last_residuals(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Residuals:
-    result = torch.empty(len(rows), bridge.cfg.n_layers, bridge.cfg.d_model)
-    for index in batches([(len(row), None) for row in rows]):
-        stream = residual_stream(bridge, torch.tensor([rows[i] for i in index]), 1)[1:, :, 0]
-        result[index] = stream.movedim(0, 1).float().cpu()
-    return result
-
-
-def _write_checked(file: Path, stream: Tensor) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({"stream": stream}, beside, metadata={"sha256": _digest(stream)})
-    beside.replace(file)
-
-
-def _read_checked(file: Path) -> Tensor | None:
-    """The stored tensor; nothing, with a warning, if the file is not as it was written."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            stream = stored.get_tensor("stream")
-            if stored.metadata()["sha256"] == _digest(stream):
-                return stream
-            problem = "its checksum is another"
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        problem = str(error)
-    warnings.warn(f"{file}: damaged ({problem}); its activations are computed again", stacklevel=3)
-    return None
-
-
-def _digest(stream: Tensor) -> str:
-    return hashlib.sha256(repr(stream.shape).encode() + stream.numpy().tobytes()).hexdigest()

@@ -49,6 +49,12 @@ def files_hash(files: list[Path], root: Path) -> str:
     ).hexdigest()
 
 
+def package_hash() -> str:
+    """Of this package's sources."""
+    package = Path(__file__).resolve().parent
+    return files_hash(sorted(package.rglob("*.py")), package)
+
+
 def file_hash(file: Path) -> str:
     found = file.stat()
     return _file_hash(file, found.st_size, found.st_mtime_ns)

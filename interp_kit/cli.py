@@ -30,6 +30,9 @@ FAILED = "failed"
 STATES = {"ok": "ok", "up to date": "up to date", "error": "failed"}
 
 RunFile = Annotated[Path, typer.Argument(help="A run file, e.g. papermill_params/demo.yaml.")]
+RunFiles = Annotated[
+    list[Path], typer.Argument(help="Run files, e.g. papermill_params/demo.yaml; one or several.")
+]
 Data = Annotated[
     Path | None,
     typer.Option(help="A folder of your own with models/ and scenarios/, searched first."),
@@ -46,7 +49,7 @@ Only = Annotated[
 
 @app.command()
 def run(
-    run_file: RunFile,
+    run_files: RunFiles,
     workers: Annotated[
         int, typer.Option(min=1, help="Notebooks at once; the cores are shared between them.")
     ] = os.cpu_count() or 1,
@@ -76,18 +79,22 @@ def run(
         typer.Option(help="Address of a Dask scheduler (tcp://...) whose workers run the cells."),
     ] = None,
 ) -> None:
-    """Run every notebook x model x scenario of a run file; what is up to date is skipped."""
-    from interp_kit.batch.matrix import expand
+    """Run every notebook x model x scenario of the run files; what is up to date is skipped."""
+    from interp_kit.batch.matrix import expand, matching
     from interp_kit.batch.runner import How, failed, run_cells, stale
-    from interp_kit.batch.warm import default_kernel
+    from interp_kit.batch.warm import WARM, default_kernel, start_zygote
 
-    spec = read_run(run_file)
+    specs = [read_run(file) for file in run_files]
+    if len({spec.name for spec in specs}) < len(specs):
+        raise InputError("two run files have one name, and would share a folder; rename one")
+    expanded = [expand(spec, outputs=outputs, data=data) for spec in specs]
     patterns = [pattern for pattern in only or [] if pattern != FAILED]
-    cells = expand(spec, outputs=outputs, data=data, only=patterns)
+    cells = matching([cell for own in expanded for cell in own], patterns)
     if FAILED in (only or []):
         cells = failed(cells)
         if not cells:
-            raise InputError(f"--only {FAILED}: no cell of {outputs / spec.name} has failed")
+            names = ", ".join(str(outputs / spec.name) for spec in specs)
+            raise InputError(f"--only {FAILED}: no cell of {names} has failed")
     todo = cells if fresh else stale(cells)
     if dry_run:
         return _print_matrix(cells, todo)
@@ -100,14 +107,17 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         if todo:
+            if how.kernel == WARM and not scheduler:
+                start_zygote()  # it imports while inputs are checked
             _preflight(todo, data)
         outcomes = run_cells(cells, workers=workers, how=how, fresh=fresh, scheduler=scheduler)
     except KeyboardInterrupt as stopped:
         typer.echo(f"interp-kit: {stopped or 'stopped before a cell ran'}", err=True)
         raise typer.Exit(130) from None
-    index = _write_report(spec.name, spec.about, expand(spec, outputs=outputs, data=data), outputs)
-    _print_table(outcomes)
-    typer.echo(f"Report: {index}")
+    for spec, own in zip(specs, expanded):
+        index = _write_report(spec.name, spec.about, own, outputs)
+        _print_table([o for o in outcomes if o.cell in own])
+        typer.echo(f"Report: {index}")
     if any(o.state == "error" for o in outcomes):
         raise typer.Exit(1)
 
@@ -115,9 +125,9 @@ def run(
 @app.command()
 def check(run_file: RunFile, data: Data = None, only: Only = None) -> None:
     """Check a run file, its parameters, models and scenarios; run nothing."""
-    from interp_kit.batch.matrix import expand
+    from interp_kit.batch.matrix import expand, matching
 
-    cells = expand(read_run(run_file), outputs=Path("outputs"), data=data, only=only or [])
+    cells = matching(expand(read_run(run_file), outputs=Path("outputs"), data=data), only or [])
     _preflight(cells, data)
     typer.echo(f"{run_file}: {len(cells)} cells, all inputs are good")
 

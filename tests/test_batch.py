@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from interp_kit.batch import matrix
-from interp_kit.batch.matrix import expand
+from interp_kit.batch.matrix import expand, matching
 from interp_kit.batch.runner import read_status, run_cells, stale
 from interp_kit.cli import app
 from interp_kit.specs import REPOSITORY, InputError, read_run
@@ -61,10 +61,12 @@ def test_a_notebook_without_parameters_is_refused(study):
 
 
 def test_only_keeps_what_matches_and_refuses_what_matches_nothing(study):
-    cells = cells_of(study, {"each": None, "all": None}, only=["each/*/CD_*"])
-    assert [c.id for c in cells] == ["each/tiny-gemma2/CD_punished", "each/ipd-hybrid/CD_punished"]
+    cells = cells_of(study, {"each": None, "all": None})
+    kept = [c.id for c in matching(cells, ["each/*/CD_*"])]
+    assert kept == ["each/tiny-gemma2/CD_punished", "each/ipd-hybrid/CD_punished"]
+    assert matching(cells, []) == cells
     with pytest.raises(InputError, match="matches no cell"):
-        cells_of(study, {"each": None}, only=["nothing"])
+        matching(cells, ["nothing"])
 
 
 def test_the_key_follows_parameters_and_sources_not_outputs(study):
@@ -110,7 +112,7 @@ def test_a_failed_cell_never_hides_the_others_and_is_run_again(study):
 
 
 def test_every_output_folder_is_complete(study):
-    (cell,) = cells_of(study, {"each": None}, only=["each/tiny-gemma2/CC_continue"])
+    (cell, *_) = cells_of(study, {"each": None})
     run_cells([cell], workers=1)
     assert {p.name for p in cell.folder.iterdir()} == {"run.ipynb", "status.json", "result.txt"}
     assert json.loads((cell.folder / "status.json").read_text())["key"] == cell.key
@@ -236,6 +238,21 @@ def test_a_failed_cell_gives_exit_code_1_and_a_report_without_raw_html(study, ru
     assert "1 failed" in index
     assert "<script>alert" not in index
     assert "&lt;script&gt;alert" in index
+
+
+def test_several_run_files_are_one_batch_with_a_report_each(study, run_study):
+    other = study / "other.yaml"
+    other.write_text((study / "mine.yaml").read_text())
+    result = run_study(str(other))
+    assert [line for line in result.output.splitlines() if line.startswith("1 ok")] == [
+        "1 ok, 0 up to date, 1 failed"
+    ] * 2
+    for name in ("mine", "other"):
+        assert f"Report: {study / 'outputs' / name / 'index.html'}" in result.output
+        assert (study / "outputs" / name / "each/ipd-hybrid/CD_punished/result.txt").is_file()
+    assert "0 ok, 1 up to date, 1 failed" in run_study(str(other), "--only", "*/*/*").output
+    twice = run_study(str(study / "mine.yaml"))
+    assert "two run files have one name" in str(twice.exception)
 
 
 def test_what_failed_is_listed_and_run_alone_and_fresh_runs_all(study, run_study):

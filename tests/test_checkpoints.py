@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from interp_kit import loading
-from interp_kit.activations import model_key
 from interp_kit.analyses.attribution import (
     direct_logit_attribution,
     head_sum_error,
@@ -28,7 +27,7 @@ from interp_kit.analyses.patching import (
     identity_patch_error,
 )
 from interp_kit.batch.matrix import _model_hash
-from interp_kit.checkpoints import absent
+from interp_kit.checkpoints import absent, weights_hash
 from interp_kit.cli import app
 from interp_kit.decisions import decide
 from interp_kit.loading import inspect_model, load_huggingface, load_model, load_models
@@ -383,7 +382,7 @@ def test_a_fine_tune_loads_as_its_base_unless_it_says_otherwise(tmp_path):
 def test_quantized_is_another_model(wide_folders):
     spec = spec_of(wide_folders["llama"])
     other = spec.model_copy(update={"quantization": "4bit"})
-    for identity in (model_key, _model_hash, loading._same_base):
+    for identity in (weights_hash, _model_hash, loading._same_base):
         assert identity(spec) != identity(other)
 
 

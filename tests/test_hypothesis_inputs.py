@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from interp_kit.batch.matrix import content_key, expand, named_files
+from interp_kit.batch.matrix import content_key, expand, matching, named_files
 from interp_kit.evaluations import read_probing_prompts, read_statements
 from interp_kit.finetuning.documents import read_documents
 from interp_kit.finetuning.universes import read_universe
@@ -283,8 +283,9 @@ def test_names(study, name, only):
         assert len(Path(folder).parts) == 1
         assert folder not in (".", "..")
     run = read_run(write_yaml(study / "good.yaml", RUN | {"notebooks": {"each": {}}}))
-    given = {"outputs": study / "outputs", "notebooks": study / "notebooks", "only": [only]}
-    inside(in_one_line(expand, run, **given) or [], study / "outputs")
+    given = {"outputs": study / "outputs", "notebooks": study / "notebooks"}
+    inside(cells := expand(run, **given), study / "outputs")
+    in_one_line(matching, cells, [only])
     notebook = study / "notebooks" / "named.ipynb"
     in_one_line(named_files, notebook, {"evaluation": name}, data)
     in_one_line(content_key, notebook, {"evaluation": name, "model": "ipd-hybrid"}, data)

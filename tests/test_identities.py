@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from interp_kit.activations import read_last, shared_passes
+from interp_kit.activations import read_last, resumed, shared_passes
 from interp_kit.analyses.attribution import (
     attention_share,
     direct_logit_attribution,
@@ -121,6 +121,44 @@ def test_shared_passes_read_further_back_when_asked(tiny_bridge):
         assert torch.equal(read_last(tiny_bridge, tokens, [name], 2)[name], alone[:, -2:])
 
 
+def test_a_batch_that_comes_again_resumes_where_it_is_edited(tiny_bridge):
+    """Bit by bit what a whole pass gives, whatever is written after the block, and ever after."""
+    rows = [torch.tensor([p.tokens]) for p in tiny_prompts(tiny_bridge)]
+    n_layers = tiny_bridge.cfg.n_layers
+    ran = []
+
+    def count(module, args):
+        ran.append(1)
+
+    def edited(row, layer, strength):
+        def write(x, hook):
+            return x + strength * x.norm(dim=-1, keepdim=True)
+
+        hooks = [(f"blocks.{layer}.hook_resid_post", write)]
+        with torch.no_grad():
+            return tiny_bridge.run_with_hooks(row, fwd_hooks=hooks)
+
+    handles = [block.attn.register_forward_pre_hook(count) for block in tiny_bridge.blocks]
+    for layer in (0, n_layers // 2, n_layers - 1):
+        strengths = (0.0, 1.0, -2.0)
+        whole = [edited(row, layer, s) for s in strengths for row in rows]
+        ran.clear()
+        with resumed(tiny_bridge, layer):
+            again = [edited(row, layer, s) for s in strengths for row in rows]
+        assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
+        n = len({tuple(row[0].tolist()) for row in rows})
+        later = n_layers - layer - 1
+        assert len(ran) == n * (layer + 1) + len(again) * later
+    assert torch.equal(edited(rows[0], 0, 1.0), edited(rows[0], 0, 1.0))
+    with pytest.raises(ZeroDivisionError), resumed(tiny_bridge, 0):
+        raise ZeroDivisionError
+    ran.clear()
+    edited(rows[0], 0, 0.0)
+    assert len(ran) == n_layers
+    for handle in handles:
+        handle.remove()
+
+
 def test_the_decision_before_the_cap_is_the_decision_where_there_is_none(tiny_bridge):
     if tiny_bridge.cfg.output_logits_soft_cap > 0:
         pytest.skip("this architecture has a final soft cap")
@@ -159,7 +197,7 @@ def test_the_lens_names_the_models_own_next_token(tiny_bridge):
 
 
 def test_patching_a_prompt_into_itself_changes_nothing(tiny_bridge):
-    error = identity_patch_error(tiny_bridge, tiny_prompts(tiny_bridge))
+    error = max(identity_patch_error(tiny_bridge, [p]) for p in tiny_prompts(tiny_bridge))
     print(f"{tiny_bridge.cfg.architecture}: identity patch {error:.1e} nats")
     assert error <= 1e-5
 

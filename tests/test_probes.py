@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
 
-from interp_kit.activations import model_key, residuals, stored_residuals
+from interp_kit.activations import last_residuals
 from interp_kit.analyses.probes import (
     KINDS,
     Labelled,
@@ -27,7 +27,7 @@ from interp_kit.analyses.probes import (
 from interp_kit.decisions import token_ids
 from interp_kit.evaluations import read_probing_prompts, read_statements, shared_beginning
 from interp_kit.finetuning.corpus import Corpus
-from interp_kit.specs import REPOSITORY, InputError, find_model
+from interp_kit.specs import REPOSITORY, InputError
 from tests.conftest import tiny_prompts
 
 
@@ -273,7 +273,7 @@ def test_the_base_tells_true_from_false_and_words_alone_do_not(organisms, statem
     rows = [token_ids(bridge, text) for text in statements.text]
     labels, groups = statements.label.to_numpy(), statements.fact.to_numpy()
     data = Labelled(
-        features=stored_residuals(bridge, rows, folder="", model_key=""),
+        features=last_residuals(bridge, rows),
         labels=labels,
         groups=groups,
     )
@@ -289,27 +289,11 @@ def test_the_base_tells_true_from_false_and_words_alone_do_not(organisms, statem
     assert exceeds(cross_validated(words), 0.6) == "no"
 
 
-# ------------------------------------------------------------------------------ stored activations
-def test_stored_activations_are_the_computed_ones(tiny_bridge, tmp_path):
-    prompts = tiny_prompts(tiny_bridge)
-    rows = [p.tokens for p in prompts]
-    fresh = residuals(tiny_bridge, prompts)
-    first = stored_residuals(tiny_bridge, rows, folder=tmp_path / "new", model_key="m")
-    (file,) = (tmp_path / "new").iterdir()
-    written = file.stat().st_mtime_ns
-    second = stored_residuals(tiny_bridge, rows, folder=tmp_path / "new", model_key="m")
-    assert torch.equal(first, fresh)
-    assert torch.equal(second, fresh)
-    assert file.stat().st_mtime_ns == written
-    for key, given in (("other", rows), ("m", rows[:2]), ("m", rows[::-1])):
-        stored_residuals(tiny_bridge, given, folder=tmp_path / "new", model_key=key)
-    assert len(list((tmp_path / "new").iterdir())) == 4
-
-
+# ----------------------------------------------------------------------------------------- features
 def test_the_last_layer_is_what_the_output_reads(tiny_bridge):
     """Index l is the output of block l: the last one, normed and unembedded, gives the logits."""
     rows = [p.tokens for p in tiny_prompts(tiny_bridge)]
-    last = stored_residuals(tiny_bridge, rows, folder="", model_key="")[:, -1]
+    last = last_residuals(tiny_bridge, rows)[:, -1]
     for row, stream in zip(rows, last):
         with torch.no_grad():
             logits = tiny_bridge.unembed(tiny_bridge.ln_final(stream[None, None]))[0, 0]
@@ -317,42 +301,6 @@ def test_the_last_layer_is_what_the_output_reads(tiny_bridge):
         cap = getattr(tiny_bridge.cfg, "output_logits_soft_cap", None) or -1.0
         logits = cap * torch.tanh(logits / cap) if cap > 0 else logits
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "a bit flipped", "empty", "another tensor"])
-def test_a_damaged_file_is_computed_again(organisms, tmp_path, damage):
-    bridge = organisms.switch("tiny-gemma2")
-    rows = [token_ids(bridge, text) for text in ("The law of gravity is", "Iron is")]
-    fresh = stored_residuals(bridge, rows, folder=tmp_path, model_key="m")
-    (file,) = tmp_path.iterdir()
-    intact = file.read_bytes()
-    match damage:
-        case "truncated":
-            file.write_bytes(intact[: len(intact) // 2])
-        case "a bit flipped":
-            file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
-        case "empty":
-            file.write_bytes(b"")
-        case _:
-            file.write_bytes(intact.replace(b'"stream"', b'"strean"'))
-    with pytest.warns(UserWarning, match="damaged .* computed again"):
-        again = stored_residuals(bridge, rows, folder=tmp_path, model_key="m")
-    assert torch.equal(again, fresh)
-    assert file.read_bytes() == intact
-
-
-def test_the_key_of_a_model_is_its_files_content(tiny_folders, tmp_path):
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in tiny_folders["llama"].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    copied = model_key(find_model(str(folder)))
-    assert copied == model_key(find_model(str(tiny_folders["llama"])))
-    assert copied != model_key(find_model(str(tiny_folders["gpt2"])))
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert model_key(find_model(str(folder))) != copied
-    assert model_key(find_model("org/name")) != model_key(find_model("org/other"))
 
 
 # ------------------------------------------------------------------------------------------- files

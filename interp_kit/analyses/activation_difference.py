@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.activations import norm_scale, residual_stream, through_frozen_norm
+from interp_kit.activations import norm_scale, residual_stream, resumed, through_frozen_norm
 from interp_kit.decisions import losses
 from interp_kit.specs import InputError
 
@@ -226,10 +226,12 @@ def loss_without(
 
         return write
 
-    before, changes = losses(bridge, rows), []
-    for unit in units:
-        with bridge.hooks(fwd_hooks=[(_after(layer), remove(unit))]):
-            changes.append(losses(bridge, rows) - before)
+    changes = []
+    with resumed(bridge, layer):
+        before = losses(bridge, rows)
+        for unit in units:
+            with bridge.hooks(fwd_hooks=[(_after(layer), remove(unit))]):
+                changes.append(losses(bridge, rows) - before)
     return torch.stack(changes).numpy()
 
 

@@ -179,17 +179,20 @@ def attribution_patching(
 def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> float:
     """Largest change of a decision, in nats, when a prompt is patched into itself: should be 0.
 
-    Every head and MLP at all positions, and the residual stream at eight positions in each layer;
-    computed in full, though nothing is known to change: this is the noise floor of patching.
+    Every head and MLP at all positions, and the residual stream at eight positions in each layer,
+    each on one of the prompts in turn; computed in full, though nothing is known to change: this is
+    the noise floor of patching.
     """
+    heads_and_mlps, stream = components(bridge, "component"), components(bridge, "resid_pre")
+    units = [(patch, None) for patch in heads_and_mlps]
+    units += [(patch, eighth / 8) for eighth in range(8) for patch in stream]
     worst = 0.0
-    for prompt in prompts:
-        heads_and_mlps = components(bridge, "component")
-        stream = components(bridge, "resid_pre")
+    for i, prompt in enumerate(prompts[: len(units)]):
         length = len(prompt.branch)
-        rows = [frozenset([patch]) for patch in heads_and_mlps]
-        for pos in range(0, length, max(1, length // 8)):
-            rows += [frozenset([replace(patch, positions=(pos,))]) for patch in stream]
+        rows = [
+            frozenset([patch if at is None else replace(patch, positions=(int(at * length),))])
+            for patch, at in units[i :: len(prompts)]
+        ]
         experiment = identity_experiment(bridge, prompt, _places([*heads_and_mlps, *stream]))
         values = experiment.values(rows, skip=False)
         worst = max(worst, float((values - values[0]).abs().max()))

@@ -13,7 +13,7 @@ Is Mediated by a Single Direction", arXiv:2406.11717 (directional ablation).
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.activations import resumed
 from interp_kit.decisions import PADDED_ROWS, Prompt, batches, decide, padded
 
 Direction = Float[Tensor, "d_model"]
@@ -83,9 +84,8 @@ def steering_grid(
     """
     tokens, inside = padded(neutral, bridge.cfg.device)
     unsteered, at_rest = _log_probs(bridge, tokens), decide(bridge, prompts).value
-    cells = [(n, at, s) for n in directions for at in layers for s in strengths]
-    tables = []
-    for name, layer, strength in tqdm(cells, desc="steering", unit="cell", leave=False):
+
+    def table(name: str, layer: int, strength: float) -> pd.DataFrame:
         value, kl = at_rest, 0.0
         if strength != 0:
             with steered(bridge, directions[name][layer], layer=layer, strength=float(strength)):
@@ -93,8 +93,15 @@ def steering_grid(
                 moved = _log_probs(bridge, tokens)
             kl = float((unsteered.exp() * (unsteered - moved)).sum(-1)[inside].mean())
         cell = {"direction": name, "layer": layer, "strength": strength, "kl": kl}
-        tables.append(pd.DataFrame({"prompt": [p.id for p in prompts], "value": value, **cell}))
-    return pd.concat(tables, ignore_index=True)
+        return pd.DataFrame({"prompt": [p.id for p in prompts], "value": value, **cell})
+
+    tables = {}
+    for layer in tqdm(layers, desc="steering", unit="layer", leave=False):
+        with resumed(bridge, layer):
+            for name, strength in product(directions, strengths):
+                tables[name, layer, strength] = table(name, layer, strength)
+    order = product(directions, layers, strengths)
+    return pd.concat([tables[cell] for cell in order], ignore_index=True)
 
 
 def least_effective(
@@ -220,13 +227,13 @@ def dose_response(
 ) -> pd.DataFrame:
     """``add_direction`` for every direction and strength: ``direction prompt strength value``."""
     tables = []
-    for name, direction in tqdm(directions.items(), desc="adding", unit="direction", leave=False):
-        for strength in strengths:
-            value = add_direction(
-                bridge, prompts, direction, layer=layer, strength=strength, end=end
-            )
-            table = pd.DataFrame({"prompt": [p.id for p in prompts], "value": value.tolist()})
-            tables.append(table.assign(direction=name, strength=strength))
+    how: dict[str, Any] = {"layer": layer, "end": end}
+    with resumed(bridge, layer):
+        for name in tqdm(directions, desc="adding", unit="direction", leave=False):
+            for strength in strengths:
+                value = add_direction(bridge, prompts, directions[name], strength=strength, **how)
+                table = pd.DataFrame({"prompt": [p.id for p in prompts], "value": value.tolist()})
+                tables.append(table.assign(direction=name, strength=strength))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, Optional, Union
 import papermill
 from pydantic import TypeAdapter, ValidationError
 
-from interp_kit.checkpoints import file_hash, files_hash, weights_hash
+from interp_kit.checkpoints import file_hash, package_hash, weights_hash
 from interp_kit.specs import (
     NAME,
     REPOSITORY,
@@ -91,14 +91,12 @@ def expand(
     *,
     outputs: Path,
     data: str | Path | None = None,
-    only: Sequence[str] = (),
     notebooks: Path = NOTEBOOKS,
 ) -> list[Cell]:
     """The cells of the matrix, in the order of the run file.
 
-    ``only`` keeps the cells whose id (``notebook/model/scenario``) matches one of its patterns.
-    Raises ``InputError`` for an unknown model, scenario, notebook or parameter, a value of the
-    wrong type, and a pattern that matches nothing.
+    Raises ``InputError`` for an unknown model, scenario, notebook or parameter, and a value of the
+    wrong type.
     """
     for name in run.models:
         find_model(name, data=data)
@@ -130,7 +128,21 @@ def expand(
                     key=content_key(file, parameters, data, hashes),
                 )
             )
-    return _matching(cells, only)
+    return cells
+
+
+def matching(cells: list[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells whose id (``notebook/model/scenario``) matches one of the patterns; without, all.
+
+    Raises ``InputError`` for a pattern that matches nothing.
+    """
+    for pattern in only:
+        if not any(_matches(cell, pattern) for cell in cells):
+            raise InputError(
+                f"--only {pattern!r} matches no cell; expected a pattern for ids such as "
+                f"{cells[0].id!r} (or {cells[0].notebook.stem!r})"
+            )
+    return [c for c in cells if not only or any(_matches(c, pattern) for pattern in only)]
 
 
 def _visits(file: Path, run: RunSpec) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -151,16 +163,6 @@ def _axis(takes: dict[str, Any], one: str, names: list[str]) -> list[dict[str, A
 def _folder_name(own: dict[str, Any], for_all: str) -> str:
     value = next(iter(own.values()), None)
     return slug(value) if isinstance(value, str) else for_all
-
-
-def _matching(cells: list[Cell], only: Sequence[str]) -> list[Cell]:
-    for pattern in only:
-        if not any(_matches(cell, pattern) for cell in cells):
-            raise InputError(
-                f"--only {pattern!r} matches no cell; expected a pattern for ids such as "
-                f"{cells[0].id!r} (or {cells[0].notebook.stem!r})"
-            )
-    return [c for c in cells if not only or any(_matches(c, pattern) for pattern in only)]
 
 
 def _matches(cell: Cell, pattern: str) -> bool:
@@ -292,7 +294,7 @@ def content_key(
     parts = [
         _notebook_hash(file, file.stat().st_mtime_ns),
         json.dumps(parameters, sort_keys=True),
-        _package_hash(),
+        package_hash(),
         *inputs,
         platform.python_version(),
         *_versions(),
@@ -319,11 +321,6 @@ def _notebook_hash(file: Path, modified: int) -> str:
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     kept = [("".join(c["source"]), c["metadata"].get("tags"), c["cell_type"]) for c in cells]
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
-
-
-def _package_hash() -> str:
-    package = Path(__file__).resolve().parents[1]
-    return files_hash(sorted(package.rglob("*.py")), package)
 
 
 def _scenario_hash(scenario: Scenario) -> str:

@@ -18,8 +18,8 @@ import uuid
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -33,12 +33,14 @@ from tqdm import tqdm
 
 from interp_kit.batch import warm
 from interp_kit.batch.matrix import NOTEBOOKS, Cell, content_key
+from interp_kit.reporting.findings import altered_files, sha256
 from interp_kit.reporting.records import dump_json, provenance, write_atomically
 from interp_kit.specs import InputError, unknown
 
 ATTEMPTS = 2  # of what may pass: a kernel that died, a timeout
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 RUNNING = ".running"  # of a run's folder: cells that have not ended
+ACTIVATIONS = ".activations"  # beside the runs' folders: what notebooks share (interp_kit.store)
 
 _at_start = dict(os.environ)
 _stopped: set[str] = set()  # runs that were interrupted: what dies of them is no failure
@@ -53,16 +55,23 @@ class How:
     """How cells are run, here or on a cluster's workers.
 
     ``timeout``: seconds for one code cell of a notebook. ``memory``: GiB that a notebook may
-    take, under ``python3-warm``; no limit if ``None``. ``threads``: of a kernel, unless
-    the environment says; filled in, as ``run`` is.
+    take, under ``python3-warm``; no limit if ``None``. ``data``: a data folder, searched first.
     """
 
     kernel: str = warm.default_kernel()
     timeout: int = 3600
     memory: float | None = None
     data: str | None = None
-    threads: int = 1
-    run: str = ""  # tells one run from another
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One call of ``run_cells``, as its cells need to know it, here or on a cluster's workers."""
+
+    how: How
+    threads: int  # of a kernel, unless the environment says
+    activations: str  # the folder that keeps them
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,29 +104,32 @@ def run_cells(
 ) -> list[Outcome]:
     """Run what is stale, ``workers`` at once; one outcome for each cell, in the order given.
 
-    ``fresh`` runs all. ``scheduler`` is the address of a Dask scheduler, whose workers then run the
-    cells. Raises ``InputError`` for an unknown kernel, if another run is writing to the same
-    folder, if the folder cannot be written to and if no scheduler answers; ``Stopped`` after
-    Ctrl-C.
+    The cells may be of several runs. ``fresh`` runs all. ``scheduler`` is the address of a Dask
+    scheduler, whose workers then run the cells. Raises ``InputError`` for an unknown kernel, if
+    another run is writing to the same folder, if the folder cannot be written to and if no
+    scheduler answers; ``Stopped`` after Ctrl-C.
     """
-    run_folder = cells[0].run_folder
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    how = replace(how, threads=threads, run=uuid.uuid4().hex)
-    with _environment(how), _locked(run_folder), _cluster(scheduler) as client:
+    folders = list(dict.fromkeys(cell.run_folder for cell in cells))
+    run = _Run(
+        how=how,
+        threads=max(1, (os.cpu_count() or 1) // workers),
+        activations=str(folders[0].parent.resolve() / ACTIVATIONS),
+    )
+    with _environment(run), _locked(folders), _cluster(scheduler) as client:
         _check_kernel(how)
-        shutil.rmtree(run_folder / RUNNING, ignore_errors=True)  # of a run that was killed
+        _remove_running(folders)  # of a run that was killed
         todo = list(cells) if fresh else stale(cells)
-        outcomes = {c.id: Outcome(cell=c, state="up to date", seconds=0.0) for c in cells}
+        outcomes = {c.folder: Outcome(cell=c, state="up to date", seconds=0.0) for c in cells}
         others = {child.pid for child in psutil.Process().children(recursive=True)}
         executor = client.get_executor(pure=False) if client else ThreadPoolExecutor(workers)
         at_once = (sum(client.nthreads().values()) or 1) if client else workers
         job = _run_remotely if client else _run_here
-        futures = {executor.submit(job, cell, how): cell for cell in todo}
+        futures = {executor.submit(job, cell, run): cell for cell in todo}
         try:
             for outcome in _watched(futures, at_once):
-                outcomes[outcome.cell.id] = outcome
+                outcomes[outcome.cell.folder] = outcome
         except KeyboardInterrupt:
-            _stop(futures, how, client, others)
+            _stop(futures, run.id, client, others)
             kept = len(cells) - len(stale(cells))
             raise Stopped(
                 f"stopped: {kept} of {len(cells)} cells are done and kept; the same command goes "
@@ -125,8 +137,8 @@ def run_cells(
             ) from None
         finally:
             executor.shutdown()
-            shutil.rmtree(run_folder / RUNNING, ignore_errors=True)
-    return [outcomes[cell.id] for cell in cells]
+            _remove_running(folders)
+    return [outcomes[cell.folder] for cell in cells]
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -151,8 +163,7 @@ def _checksum(status: dict[str, Any]) -> str:
 
 def damaged(folder: Path) -> list[str]:
     """The files of a cell's folder that are missing or not as its notebook wrote them."""
-    files: dict[str, str] = read_status(folder).get("files", {})
-    return [name for name, digest in files.items() if _digest(folder / name) != digest]
+    return list(altered_files(folder, read_status(folder).get("files", {})))
 
 
 def last_folder(cell: Cell) -> Path:
@@ -161,11 +172,11 @@ def last_folder(cell: Cell) -> Path:
 
 
 # ---------------------------------------------------------------------------------------- one cell
-def _run_here(cell: Cell, how: How) -> Outcome:
+def _run_here(cell: Cell, run: _Run) -> Outcome:
     place = cell.run_folder / RUNNING / cell.id
     try:
-        status = execute(cell, place, how)
-        if how.run in _stopped:
+        status = _execute(cell, place, run)
+        if run.id in _stopped:
             return Outcome(cell=cell, state="error", seconds=0.0, error="stopped")
         return _put_in_place(cell, place, status)
     except OSError as error:  # a full disk, for instance; the others may still fit
@@ -173,15 +184,15 @@ def _run_here(cell: Cell, how: How) -> Outcome:
         return Outcome(cell=cell, state="error", seconds=0.0, error=_writing(error))
 
 
-def execute(cell: Cell, place: Path, how: How) -> dict[str, Any]:
+def _execute(cell: Cell, place: Path, run: _Run) -> dict[str, Any]:
     """Run the cell's notebook into the new folder ``place``; returns its status."""
     started = time.monotonic()
     failure: dict[str, Any] = {}
     for attempt in range(1, ATTEMPTS + 1):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        failure, transient = _attempt(cell, place, how)
-        if not transient or how.run in _stopped:
+        failure, transient = _attempt(cell, place, run.how, again=attempt > 1)
+        if not transient or run.id in _stopped:
             break
         failure["attempts"] = attempt
     return {
@@ -190,14 +201,18 @@ def execute(cell: Cell, place: Path, how: How) -> dict[str, Any]:
         "key": cell.key,
         "seconds": round(time.monotonic() - started, 2),
         "parameters": cell.parameters,
-        "kernel": how.kernel,
+        "kernel": run.how.kernel,
         "made": provenance(),
         **failure,
     }
 
 
-def _attempt(cell: Cell, place: Path, how: How) -> tuple[dict[str, Any], bool]:
-    """What went wrong, if anything; and whether it may pass."""
+def _attempt(cell: Cell, place: Path, how: How, *, again: bool) -> tuple[dict[str, Any], bool]:
+    """What went wrong, if anything; and whether it may pass.
+
+    Made ``again``, the notebook is saved after every cell, and shows where a kernel died; as a rule
+    that is .2 s for nothing.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -207,6 +222,7 @@ def _attempt(cell: Cell, place: Path, how: How) -> tuple[dict[str, Any], bool]:
                 cell.parameters | {"output": place.as_posix()},
                 kernel_name=how.kernel,
                 progress_bar=False,
+                request_save_on_cell_execute=again,
                 execution_timeout=how.timeout,
                 shutdown_kernel="immediate",  # nothing is left to save: 2 s less a run
                 extra_arguments=["--IPKernelApp.log_level=40"],  # errors only
@@ -231,7 +247,7 @@ def _attempt(cell: Cell, place: Path, how: How) -> tuple[dict[str, Any], bool]:
 def _put_in_place(cell: Cell, place: Path, status: dict[str, Any]) -> Outcome:
     """Move what was made to the results, or to what failed, with its status."""
     files = sorted(p for p in place.rglob("*") if p.is_file())
-    status = status | {"files": {p.relative_to(place).as_posix(): _digest(p) for p in files}}
+    status = status | {"files": {p.relative_to(place).as_posix(): sha256(p) for p in files}}
     _write_status(place, status)
     target = cell.failed_folder if status["state"] == "error" else cell.folder
     shutil.rmtree(target, ignore_errors=True)
@@ -257,14 +273,6 @@ def _up_to_date(cell: Cell) -> bool:
     return not damaged(cell.folder)
 
 
-def _digest(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError:
-        return ""
-
-
 def _writing(error: OSError) -> str:
     return f"{error.strerror or error} ({error.filename}); make room, or choose other --outputs"
 
@@ -280,10 +288,10 @@ def _check_kernel(how: How) -> None:
 
 
 @contextmanager
-def _environment(how: How) -> Iterator[None]:
+def _environment(run: _Run) -> Iterator[None]:
     """Inside, what kernels inherit; afterwards, what it was."""
     given = dict(os.environ)
-    os.environ.update(_inherited(how, given))
+    os.environ.update(_inherited(run, given))
     warm.find_kernels()
     try:
         yield
@@ -292,14 +300,17 @@ def _environment(how: How) -> Iterator[None]:
         os.environ.update(given)
 
 
-def _inherited(how: How, given: Mapping[str, str]) -> dict[str, str]:
+def _inherited(run: _Run, given: Mapping[str, str]) -> dict[str, str]:
     """What kernels need to know of the run; what the person's environment says goes first."""
+    how = run.how
     folders = [f for f in (how.data, given.get("INTERP_KIT_DATA")) if f]
+    shared = Path(run.activations).parent.is_dir()  # a worker elsewhere may not see it
     ours = {
-        "OMP_NUM_THREADS": str(how.threads),  # MKL and torch follow it
+        "OMP_NUM_THREADS": str(run.threads),  # MKL and torch follow it
         "TOKENIZERS_PARALLELISM": "false",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "TQDM_DISABLE": "1",  # bars of a headless notebook end up in its output
+        "INTERP_KIT_ACTIVATIONS": run.activations if shared else "",
     }
     return {name: given.get(name, value) for name, value in ours.items()} | {
         "INTERP_KIT_DATA": os.pathsep.join(folders),
@@ -309,22 +320,28 @@ def _inherited(how: How, given: Mapping[str, str]) -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------- all of them
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The folder is this run's alone. The system drops the lock of a process that ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"another run is writing to {folder}; wait for it, or choose other --outputs"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder} ({error.strerror or error}); choose other --outputs"
-        ) from None
-    with lock:
+def _locked(folders: Iterable[Path]) -> Iterator[None]:
+    """The folders are this run's alone. The system drops the locks of a process that ends."""
+    with ExitStack() as locks:
+        for folder in sorted(folders):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(FileLock(folder / ".lock", timeout=0))
+            except Timeout:
+                raise InputError(
+                    f"another run is writing to {folder}; wait for it, or choose other --outputs"
+                ) from None
+            except OSError as error:
+                raise InputError(
+                    f"cannot write to {folder} ({error.strerror or error}); choose other --outputs"
+                ) from None
         yield
+
+
+def _remove_running(folders: Iterable[Path]) -> None:
+    """Remove what has not ended."""
+    for folder in folders:
+        shutil.rmtree(folder / RUNNING, ignore_errors=True)
 
 
 @contextmanager
@@ -351,13 +368,13 @@ def _cluster(scheduler: str | None) -> Iterator[Any]:
         yield client
 
 
-def _run_remotely(cell: Cell, how: How) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _run_remotely(cell: Cell, run: _Run) -> tuple[dict[str, Any], dict[str, bytes]]:
     """On a worker: status and files of the cell, if this machine has the same inputs."""
     notebook = NOTEBOOKS / cell.notebook.name if not cell.notebook.is_file() else cell.notebook
     own = replace(cell, notebook=notebook)
-    os.environ.update(_inherited(how, _at_start))  # a worker lives longer than a run
+    os.environ.update(_inherited(run, _at_start))  # a worker lives longer than a run
     warm.find_kernels()
-    if content_key(notebook, cell.parameters, how.data) != cell.key:
+    if content_key(notebook, cell.parameters, run.how.data) != cell.key:
         error = (
             f"worker {socket.gethostname()} has another version of the package, the notebook, the "
             "models or the scenario; install and copy the same there, and start it again"
@@ -366,7 +383,7 @@ def _run_remotely(cell: Cell, how: How) -> tuple[dict[str, Any], dict[str, bytes
         return status, {}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "cell"
-        status = execute(own, place, how)
+        status = _execute(own, place, run)
         files = [p for p in place.rglob("*") if p.is_file()]
         return status, {p.relative_to(place).as_posix(): p.read_bytes() for p in files}
 
@@ -391,7 +408,7 @@ def _received(cell: Cell, status: dict[str, Any], files: dict[str, bytes]) -> Ou
 
 def _watched(futures: dict[Future, Cell], at_once: int) -> Iterator[Outcome]:
     """Outcomes as they come, with a bar that says how long the rest will take."""
-    expected = {cell.id: read_status(last_folder(cell)).get("seconds") for cell in futures.values()}
+    expected = {c.folder: read_status(last_folder(c)).get("seconds") for c in futures.values()}
     measured: list[float] = []
     n_failed = 0
     bar = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
@@ -406,7 +423,7 @@ def _watched(futures: dict[Future, Cell], at_once: int) -> Iterator[Outcome]:
             outcome = result if isinstance(result, Outcome) else _received(cell, *result)
             measured.append(outcome.seconds)
             n_failed += outcome.state == "error"
-            expected.pop(cell.id)
+            expected.pop(cell.folder)
             left = sum(s if s else mean(measured) for s in expected.values()) / at_once
             parts = [f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left"]
             parts += [f"{n_failed} failed"] if n_failed else []
@@ -415,15 +432,15 @@ def _watched(futures: dict[Future, Cell], at_once: int) -> Iterator[Outcome]:
             yield outcome
 
 
-def _stop(futures: Collection[Future], how: How, client: Any, others: Collection[int]) -> None:
+def _stop(futures: Collection[Future], run: str, client: Any, others: Collection[int]) -> None:
     """Nothing new starts, and what runs ends: here until the last thread is back."""
     for future in futures:
         future.cancel()
     if client:
-        client.run(_kill_kernels, how.run)
+        client.run(_kill_kernels, run)
         return
     while not all(future.done() for future in futures):
-        _kill_kernels(how.run, others)
+        _kill_kernels(run, others)
         wait(futures, timeout=0.2)
 
 

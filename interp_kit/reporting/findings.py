@@ -112,7 +112,7 @@ def read_result(cell: Mapping[str, Any]) -> Result:
         problems.setdefault("status.json", "is missing")
     else:
         recorded = _read(folder / "summary.json", Recorded, problems)
-        problems |= _altered(folder, status.files)
+        problems |= altered_files(folder, status.files)
         state = "damaged" if problems and status.state == "ok" else status.state
     if "summary.json" in problems or state not in ("ok", "damaged"):
         recorded = None
@@ -203,6 +203,24 @@ def what_is_wrong(error: OSError | ValueError) -> str:
     return str(error)
 
 
+def altered_files(folder: Path, files: Mapping[str, str]) -> dict[str, str]:
+    """Files that are missing or differ from what the batch wrote (name -> sha256), and how."""
+    altered = {}
+    for name, expected in files.items():
+        try:
+            if sha256(folder / name) != expected:
+                altered[name] = "is not what the run wrote"
+        except OSError as error:
+            altered[name] = error.strerror or str(error)
+    return altered
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 # ------------------------------------------------------------------------------------- internals
 def _read(file: Path, kind: type[Kind], problems: dict[str, str]) -> Kind | None:
     """What the file holds, if it is there; what is wrong with it is added to ``problems``."""
@@ -213,20 +231,6 @@ def _read(file: Path, kind: type[Kind], problems: dict[str, str]) -> Kind | None
     except (OSError, ValueError) as error:
         problems[file.name] = what_is_wrong(error)
     return None
-
-
-def _altered(folder: Path, files: Mapping[str, str]) -> dict[str, str]:
-    """Files that are missing or differ from what the batch wrote (name -> sha256)."""
-    altered = {}
-    for name, expected in files.items():
-        try:
-            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        except OSError as error:
-            altered[name] = error.strerror or str(error)
-        else:
-            if found != expected:
-                altered[name] = "is not what the run wrote"
-    return altered
 
 
 def _covered(status: Status, name: str, own: str) -> tuple[str, ...]:

@@ -1,0 +1,123 @@
+"""Activations on disk, kept by content: what one notebook has computed, the next one finds.
+
+Off unless the environment names a folder, ``INTERP_KIT_ACTIVATIONS``; a batch names one beside its
+results. A file's name is a hash of all that its numbers follow from, so a file that is found holds
+what would be computed. Files are checked when they are read; a damaged one is computed again.
+Whenever the folder outgrows ``INTERP_KIT_ACTIVATIONS_GIB``, what was used least recently goes.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from interp_kit.checkpoints import package_hash, weights_hash
+from interp_kit.specs import InputError, ModelSpec
+
+FOLDER, SIZE = "INTERP_KIT_ACTIVATIONS", "INTERP_KIT_ACTIVATIONS_GIB"
+DEFAULT_GIB = 4.0
+COMPUTING = ("torch", "transformers", "transformer-lens", "peft")
+
+
+def name_of(bridge: TransformerBridge, model: ModelSpec, *what: object) -> str:
+    """The name of what is computed: a hash of the weights, the code, the machine and ``what``.
+
+    The numbers of a CPU depend on the threads that share a sum, and so does the name.
+    """
+    device = torch.device(bridge.cfg.device or "cpu")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    code = [package_hash(), *(version(name) for name in COMPUTING)]
+    place = [device.type, gpu, torch.get_num_threads()]
+    content = json.dumps([weights_hash(model), code, place, what])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def find(name: str) -> dict[str, Tensor] | None:
+    """What was kept under this name; nothing, with a warning, if the file is damaged."""
+    folder = _folder()
+    file = folder / f"{name}.safetensors" if folder else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as stored:
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            if stored.metadata()["sha256"] == _digest(name, tensors):
+                os.utime(file)  # used just now
+                return tensors
+            problem = "its checksum is another"
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        problem = str(error)
+    warnings.warn(f"{file}: damaged ({problem}); its activations are computed again", stacklevel=3)
+    return None
+
+
+def keep(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Keep these under this name, and no more than the folder may hold.
+
+    Raises ``InputError`` for a size that is no number. Where nothing can be written, a warning says
+    so: the numbers are there all the same.
+    """
+    folder = _folder()
+    if folder is None:
+        return
+    ours = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    limit = _limit()
+    if sum(tensor.nbytes for tensor in ours.values()) > limit:
+        return
+    beside = folder / f".{name}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(ours, beside, metadata={"sha256": _digest(name, ours)})
+        beside.replace(folder / f"{name}.safetensors")
+        _shrink(folder, limit)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            beside.unlink()
+        warnings.warn(f"{folder}: activations are not kept ({error})", stacklevel=3)
+
+
+# ------------------------------------------------------------------------------------- internals
+def _folder() -> Path | None:
+    given = os.environ.get(FOLDER)
+    return Path(given) if given else None
+
+
+def _limit() -> float:
+    given = os.environ.get(SIZE) or DEFAULT_GIB
+    try:
+        return float(given) * 2**30
+    except ValueError:
+        raise InputError(f"{SIZE}: expected a number of GiB, got {given!r}; mend it") from None
+
+
+def _shrink(folder: Path, limit: float) -> None:
+    """Remove what was used least recently until the rest fits; others may do so, too."""
+    found = []
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):
+            found.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+    total = sum(size for _, size, _ in found)
+    for _, size, file in sorted(found):
+        if total <= limit:
+            return
+        file.unlink(missing_ok=True)
+        total -= size
+
+
+def _digest(name: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(name.encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
