@@ -91,14 +91,19 @@ def residual_stream(
 
 @torch.no_grad()
 def residuals(
-    bridge: TransformerBridge, prompts: Sequence[Prompt], *, suffix: int | None = None
+    bridge: TransformerBridge,
+    prompts: Sequence[Prompt],
+    *,
+    suffix: int | None = None,
+    model: ModelSpec | None = None,
 ) -> Residuals:
     """The residual stream after every block at each prompt's last position, float32.
 
-    ``suffix`` is one further token: then the last position is its.
+    ``suffix`` is one further token: then the last position is its. ``model`` says which one
+    computes: then they are kept on disk, where there is a ``store``.
     """
     rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
-    return last_residuals(bridge, rows)
+    return last_residuals(bridge, rows, model=model)
 
 
 def last_residuals(
@@ -107,10 +112,7 @@ def last_residuals(
     *,
     model: ModelSpec | None = None,
 ) -> Residuals:
-    """``residuals`` at the last of each row of token ids.
-
-    ``model`` says which one computes: then they are kept on disk, where there is a ``store``.
-    """
+    """``residuals`` at the last of each row of token ids."""
     name = store.name_of(bridge, model, "last", [*map(list, rows)]) if model else ""
     found = store.find(name) if name else None
     if found is not None:

@@ -22,19 +22,26 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.activations import Residuals, norm_scale, residuals, through_frozen_norm
 from interp_kit.analyses.statistics import prediction_limit
 from interp_kit.decisions import Prompt
-from interp_kit.specs import InputError
+from interp_kit.specs import InputError, ModelSpec
 
 Shape = Literal["early", "ramp", "late", "flat"]
 LABELS = ["strong", "medium", "weak"]
 
 
 def deltas(
-    bridge: TransformerBridge, prompts: Sequence[Prompt], suffixes: Mapping[str, int]
+    bridge: TransformerBridge,
+    prompts: Sequence[Prompt],
+    suffixes: Mapping[str, int],
+    *,
+    model: ModelSpec | None = None,
 ) -> dict[str, Residuals]:
-    """Δ of every suffix token by name: h(prompt + suffix) - h(prompt) at the last positions."""
-    baseline = residuals(bridge, prompts)
+    """Δ of every suffix token by name: h(prompt + suffix) - h(prompt) at the last positions.
+
+    ``model`` says which one computes, as in ``residuals``.
+    """
+    baseline = residuals(bridge, prompts, model=model)
     return {
-        name: residuals(bridge, prompts, suffix=token) - baseline
+        name: residuals(bridge, prompts, suffix=token, model=model) - baseline
         for name, token in suffixes.items()
     }
 
