@@ -172,26 +172,37 @@ def test_libraries_are_set_up_as_in_a_stock_kernel(study):
     assert set(stock_filters) <= set(our_filters)  # of libraries that are imported, too
 
 
-def test_real_notebooks_give_the_same_numbers(tmp_path):
+def test_real_notebooks_give_the_same_numbers(tmp_path, monkeypatch):
+    """With stock kernels and warm ones, with activations computed and found."""
     run = RunSpec(
         name="both",
         models=["ipd-strategic"],
         scenarios=["CC_temptation"],
-        notebooks={"01_logit_lens": {}, "02_direct_logit_attribution": {}},
+        notebooks={"01_logit_lens": {}, "02_direct_logit_attribution": {}, "90_compare_models": {}},
     )
-    made = {}
-    for kernel in (warm.WARM, warm.STOCK):
-        cells = expand(run, outputs=tmp_path / kernel)
-        outcomes = run_cells(cells, workers=2, how=How(kernel=kernel))
-        assert [o.error for o in outcomes] == ["", ""]
-        made[kernel] = cells
-    for ours, stock in zip(made[warm.WARM], made[warm.STOCK]):
-        for table in stock.folder.glob("*.csv"):
-            assert (ours.folder / table.name).read_bytes() == table.read_bytes()
-        assert printed(ours) == printed(stock)
-        read = [json.loads((c.folder / "summary.json").read_text()) for c in (ours, stock)]
-        assert read[0]["values"] == read[1]["values"]
+    monkeypatch.delenv("INTERP_KIT_ACTIVATIONS", raising=False)
+    kept = tmp_path / ".activations"
+    made, used = {}, {}
+    for name, kernel in (("stock", warm.STOCK), ("warm", warm.WARM), ("found", warm.WARM)):
+        with monkeypatch.context() as patched:
+            if name == "stock":
+                patched.setenv("INTERP_KIT_ACTIVATIONS", "")
+            made[name] = expand(run.model_copy(update={"name": name}), outputs=tmp_path)
+            outcomes = run_cells(made[name], workers=2, how=How(kernel=kernel))
+        assert [o.error for o in outcomes] == [""] * 3
+        used[name] = {f: f.stat().st_mtime_ns for f in kept.glob("*")}
+    assert not used["stock"]
+    assert used["warm"]
+    assert used["found"].keys() == used["warm"].keys()
+    assert all(used["found"][file] > at for file, at in used["warm"].items())
+    for stock, *others in zip(*made.values()):
         assert len(pd.read_csv(stock.folder / "table.csv")) > 0
+        for ours in others:
+            for table in stock.folder.glob("*.csv"):
+                assert (ours.folder / table.name).read_bytes() == table.read_bytes()
+            assert printed(ours) == printed(stock)
+            read = [json.loads((c.folder / "summary.json").read_text()) for c in (ours, stock)]
+            assert read[0]["values"] == read[1]["values"]
 
 
 # ------------------------------------------------------------------------------- nothing is left

@@ -115,7 +115,7 @@ def run_cells(
         threads=max(1, (os.cpu_count() or 1) // workers),
         activations=str(folders[0].parent.resolve() / ACTIVATIONS),
     )
-    with _environment(run), _locked(folders), _cluster(scheduler) as client:
+    with _locked(folders), _environment(run), _cluster(scheduler) as client:
         _check_kernel(how)
         _remove_running(folders)  # of a run that was killed
         todo = list(cells) if fresh else stale(cells)
