@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+SYSTEMS = $(addprefix papermill_params/,ipd.yaml kill_switch.yaml cubic_gravity.yaml dilemmas.yaml)
 
 .PHONY: run test lint lock clean
 
 run: .venv/installed
-	$(BIN)/interp-kit run papermill_params/demo.yaml --workers $(WORKERS)
+	$(BIN)/interp-kit run $(SYSTEMS) --workers $(WORKERS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile

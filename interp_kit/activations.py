@@ -6,11 +6,12 @@ tables and figures it is -1. Prompts of one length go together, so that nothing 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,8 @@ from interp_kit.decisions import Prompt, batches
 from interp_kit.specs import ModelSpec
 
 Residuals = Float[Tensor, "prompt layer d_model"]
+Kept = TypeVar("Kept")
+KEPT_BYTES = 2**30  # of what is recorded, inside ``shared_passes``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,8 @@ class _Shared:
     """The passes that analyses share; kept on disk, too, if it is known whose they are."""
 
     model: ModelSpec | None
-    passes: dict[tuple[int, bytes], dict[str, Tensor]]
+    passes: dict[tuple[int, bytes], dict[str, Tensor]] = field(default_factory=dict)
+    others: "OrderedDict[Hashable, tuple[Any, int]]" = field(default_factory=OrderedDict)
 
 
 _shared: ContextVar[_Shared | None] = ContextVar("shared passes", default=None)
@@ -39,11 +43,15 @@ _shared: ContextVar[_Shared | None] = ContextVar("shared passes", default=None)
 def shared_passes(model: ModelSpec | None = None) -> Iterator[None]:
     """Inside, one forward pass of a batch serves every analysis that reads its last positions.
 
-    Lens, attribution and their controls then cost one pass together. Nothing may change what the
-    model computes inside: no switch to another adapter, no hook, no steering. ``model`` says which
-    one computes: then other notebooks share the passes too, where there is a ``store`` for them.
+    Lens, attribution and their controls then cost one pass together, and patching a prompt again
+    does not record it again. Nothing may change what the model computes inside: no switch to
+    another adapter, no hook, no steering. ``model`` says which one computes: then other notebooks
+    share the passes too, where there is a ``store`` for them. Within another it changes nothing.
     """
-    token = _shared.set(_Shared(model=model, passes={}))
+    if _shared.get() is not None:
+        yield
+        return
+    token = _shared.set(_Shared(model=model))
     try:
         yield
     finally:
@@ -65,6 +73,25 @@ def read_last(
     if not _reaches(kept, read):
         kept = shared.passes[key] = _shared_pass(bridge, tokens, read, shared.model)
     return {name: kept[name][:, -read:] for name in names}
+
+
+def once(key: Hashable, compute: Callable[[], Kept], size: Callable[[Kept], int]) -> Kept:
+    """What ``compute()`` gives; inside ``shared_passes`` what it gave before for this key.
+
+    ``size`` in bytes: more than ``KEPT_BYTES`` together are not kept, the least recent goes first.
+    """
+    shared = _shared.get()
+    if shared is None:
+        return compute()
+    kept = shared.others
+    if key in kept:
+        kept.move_to_end(key)
+        return kept[key][0]
+    made = compute()
+    kept[key] = made, size(made)
+    while sum(bytes for _, bytes in kept.values()) > KEPT_BYTES:
+        kept.popitem(last=False)
+    return made
 
 
 def last_names(bridge: TransformerBridge) -> list[str]:

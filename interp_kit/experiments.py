@@ -35,6 +35,7 @@ from interp_kit.sweeps import (
     check_memory,
     head_projections,
     record,
+    recorded,
 )
 
 Metric = Literal["decision", "kl"]
@@ -185,8 +186,8 @@ def counterfactual_experiment(
     for sequence in _sequences(prompt, metric):
         check_memory(bridge, length=len(sequence.tokens))
         tail = sequence.tokens[len(prompt.tokens) :]
-        ours = record(bridge, sequence.tokens, places, read=sequence.read)
-        theirs = record(bridge, source_prompt.tokens + tail, places, read=sequence.read)
+        ours = recorded(bridge, sequence.tokens, places, read=sequence.read)
+        theirs = recorded(bridge, source_prompt.tokens + tail, places, read=sequence.read)
         at = [*index, *range(len(source_prompt.tokens), len(source_prompt.tokens) + len(tail))]
         values = {place: _moved(theirs, ours, place, at) for place in places}
         source = Source(values=values, head_shift={})
@@ -326,7 +327,7 @@ def identity_experiment(
     """The prompt's own activations written into itself: nothing may change."""
     readings = []
     for sequence in _sequences(prompt, "decision"):
-        ours = record(bridge, sequence.tokens, places, read=sequence.read)
+        ours = recorded(bridge, sequence.tokens, places, read=sequence.read)
         source = Source(values=ours.activations, head_shift={})
         readings.append(_reading(bridge, sequence, ours, source, ours, "decision"))
     return _experiment(prompt, "decision", readings)

@@ -33,6 +33,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from interp_kit.activations import once
 from interp_kit.specs import InputError
 
 Site = Literal["resid_pre", "z", "attn_out", "resid_mid", "neuron", "mlp_out", "resid_post"]
@@ -103,6 +104,12 @@ class Recording:
     def length(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory."""
+        kept = [*self.activations.values(), *self.stream]
+        return sum(x.nbytes for x in [*kept, *(x for pair in self.keys_values for x in pair)])
+
     def prefix(self, length: int) -> DynamicCache | None:
         """Keys and values of the first ``length`` positions, which every row shares."""
         if length == 0:
@@ -166,6 +173,15 @@ def record(
         final=final[0],
         logits=logits[0].float(),
     )
+
+
+def recorded(
+    bridge: TransformerBridge, tokens: Sequence[int], places: Iterable[Place], *, read: int = 1
+) -> Recording:
+    """``record`` of the model as it is: inside ``shared_passes``, what was recorded before."""
+    kept = frozenset(places)
+    key = "recording", id(bridge), tuple(tokens), kept, read
+    return once(key, lambda: record(bridge, tokens, kept, read=read), lambda made: made.bytes)
 
 
 @torch.no_grad()

@@ -3,12 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from interp_kit import activations, sweeps
+from interp_kit.analyses.causal_tracing import causal_trace
 from interp_kit.analyses.patching import (
     ablation,
     activation_patching,
@@ -25,7 +28,7 @@ from interp_kit.experiments import (
 )
 from interp_kit.loading import load_models
 from interp_kit.specs import InputError
-from interp_kit.sweeps import Patch, check_memory
+from interp_kit.sweeps import Patch, check_memory, record
 from tests.conftest import tiny_prompts
 from tests.tiny import ARCHITECTURES, WORDS, save_tiny
 
@@ -394,3 +397,36 @@ def test_a_sweep_that_cannot_fit_says_so_before_it_starts(tiny_bridge, monkeypat
         activation_patching(tiny_bridge, [segmented(tiny_bridge)])
     monkeypatch.undo()
     check_memory(tiny_bridge, length=20)
+
+
+# --------------------------------------------------------------------------- what is recorded once
+@pytest.mark.parametrize("analysis", [activation_patching, attribution_patching, causal_trace])
+def test_both_directions_share_two_recordings(tiny_bridge, monkeypatch, analysis):
+    prompts = tiny_prompts(tiny_bridge)[:3]
+    recorded = []
+    monkeypatch.setattr(sweeps, "record", lambda *a, **k: recorded.append(1) or record(*a, **k))
+    shared = analysis(tiny_bridge, prompts)
+    n_shared = len(recorded)
+    recorded.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(activations, "KEPT_BYTES", 0)
+        apart = analysis(tiny_bridge, prompts)
+    pd.testing.assert_frame_equal(shared, apart, check_exact=True)
+    assert n_shared <= len(recorded) / 2
+    recorded.clear()
+    with activations.shared_passes():
+        again = [analysis(tiny_bridge, prompts) for _ in range(2)]
+    assert len(recorded) == n_shared
+    assert all(table.equals(shared) for table in again)
+
+
+def test_recordings_are_let_go_when_they_are_too_many(tiny_bridge, monkeypatch):
+    tokens = [p.tokens for p in tiny_prompts(tiny_bridge)[:2]]
+    one = record(tiny_bridge, tokens[0], [("z", 0)]).bytes
+    assert one > 0
+    monkeypatch.setattr(activations, "KEPT_BYTES", int(1.5 * one))
+    with activations.shared_passes():
+        first = sweeps.recorded(tiny_bridge, tokens[0], [("z", 0)])
+        assert sweeps.recorded(tiny_bridge, tokens[0], [("z", 0)]) is first
+        sweeps.recorded(tiny_bridge, tokens[1], [("z", 0)])
+        assert sweeps.recorded(tiny_bridge, tokens[0], [("z", 0)]) is not first

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.activations import shared_passes
 from interp_kit.decisions import Prompt
 from interp_kit.experiments import (
     SAME,
@@ -89,10 +90,12 @@ def causal_trace(
     """
     _check(sites, list(PARTS), window)
     tables = []
-    for direction, prompt in aimed(prompts, directions):
-        spots = _spots(bridge, prompt, sites, positions, window, first_difference(prompt))
-        experiment = counterfactual_experiment(bridge, prompt, _places(spots), positions=positions)
-        tables.append(_table(experiment, spots).assign(direction=direction))
+    with shared_passes():  # both directions need the same two runs
+        for direction, prompt in aimed(prompts, directions):
+            spots = _spots(bridge, prompt, sites, positions, window, first_difference(prompt))
+            places = _places(spots)
+            experiment = counterfactual_experiment(bridge, prompt, places, positions=positions)
+            tables.append(_table(experiment, spots).assign(direction=direction))
     return pd.concat(tables, ignore_index=True).loc[:, COLUMNS]
 
 

@@ -15,6 +15,7 @@ al., "Fine-Tuning Enhances Existing Mechanisms", arXiv:2402.14811 (across models
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.activations import shared_passes
 from interp_kit.decisions import Prompt
 from interp_kit.experiments import (
     SAME,
@@ -43,7 +45,7 @@ from interp_kit.experiments import (
     position_sets,
 )
 from interp_kit.loading import Models
-from interp_kit.sweeps import Patch, Place, gradients, record
+from interp_kit.sweeps import Patch, Place, gradients, recorded
 
 
 def activation_patching(
@@ -79,13 +81,12 @@ def activation_patching(
     """
     patches = components(bridge, unit, layer=layer)
     tables = []
-    for direction, prompt in aimed(prompts, directions):
-        experiment = counterfactual_experiment(
-            bridge, prompt, _places(patches), metric=metric, positions=positions
-        )
-        start = first_difference(prompt)
-        table = _sweep(experiment, patches, positions, start=start)
-        tables.append(table.assign(direction=direction))
+    how: dict[str, Any] = {"metric": metric, "positions": positions}
+    with shared_passes():  # both directions need the same two runs
+        for direction, prompt in aimed(prompts, directions):
+            experiment = counterfactual_experiment(bridge, prompt, _places(patches), **how)
+            table = _sweep(experiment, patches, positions, start=first_difference(prompt))
+            tables.append(table.assign(direction=direction))
     return _finished(tables)
 
 
@@ -164,15 +165,14 @@ def attribution_patching(
     """
     patches = components(bridge, unit, layer=layer)
     tables = []
-    for direction, prompt in aimed(prompts, directions):
-        experiment = counterfactual_experiment(
-            bridge, prompt, _places(patches), positions=positions
-        )
-        start = first_difference(prompt)
-        located = _located(prompt, patches, positions, start)
-        changes = _estimates(bridge, prompt, [patch for _, patch in located])
-        table = _table(experiment, located, experiment.baseline + changes)
-        tables.append(table.assign(direction=direction))
+    places = _places(patches)
+    with shared_passes():
+        for direction, prompt in aimed(prompts, directions):
+            experiment = counterfactual_experiment(bridge, prompt, places, positions=positions)
+            located = _located(prompt, patches, positions, first_difference(prompt))
+            changes = _estimates(bridge, prompt, [patch for _, patch in located])
+            table = _table(experiment, located, experiment.baseline + changes)
+            tables.append(table.assign(direction=direction))
     return _finished(tables)
 
 
@@ -298,8 +298,8 @@ def _estimates(
     """(source - target) . gradient of the target's decision, summed over what is written."""
     assert prompt.counterfactual is not None
     places = _places(patches)
-    ours = record(bridge, prompt.branch, places).activations
-    theirs = record(bridge, prompt.counterfactual + prompt.shared, places).activations
+    ours = recorded(bridge, prompt.branch, places).activations
+    theirs = recorded(bridge, prompt.counterfactual + prompt.shared, places).activations
     slopes = gradients(bridge, prompt.branch, prompt.branch_ids, places)
     shares: dict[Place, np.ndarray] = {}
     for place in places:

@@ -47,6 +47,7 @@ PRELOADED = (
     "yaml",
     "joblib",
     "ipykernel.kernelapp",
+    "ipykernel.debugger",
     "ipykernel.ipkernel",
     "IPython.core.interactiveshell",
 )
