@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from interp_kit.specs import ModelSpec
 
+CHECKSUMS = "SHA256SUMS"  # of weights, beside them
 HASHED_WHOLE = 256 * 2**20  # bytes; of a larger file the hash holds size and time only
 
 
@@ -27,6 +28,23 @@ def whole(folder: Path) -> bool:
         return any(folder.glob("*.safetensors"))
     shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return all((folder / shard).is_file() for shard in shards)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write ``SHA256SUMS`` for the weights in a folder, as ``sha256sum *.safetensors`` would."""
+    lines = [f"{_sha256(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors"))]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def altered_weights(folder: Path) -> list[str]:
+    """The weight files that are not what the folder's ``SHA256SUMS`` says, if it has one."""
+    try:
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    stated = {name.lstrip(" *"): digest for digest, _, name in (s.partition(" ") for s in lines)}
+    found = sorted(file for file in folder.glob("*.safetensors") if file.name in stated)
+    return [file.name for file in found if _sha256(file) != stated[file.name]]
 
 
 def weights_hash(spec: ModelSpec) -> str:
@@ -63,9 +81,12 @@ def file_hash(file: Path) -> str:
 # ------------------------------------------------------------------------------------- internals
 @cache
 def _file_hash(file: Path, size: int, modified: int) -> str:
-    if size > HASHED_WHOLE:
-        return f"{size}@{modified}"
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return f"{size}@{modified}" if size > HASHED_WHOLE else _sha256(file)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _cached(place: str, revision: str | None) -> bool:

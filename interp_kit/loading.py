@@ -46,7 +46,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
-from interp_kit.checkpoints import whole
+from interp_kit.checkpoints import CHECKSUMS, altered_weights, whole
 from interp_kit.decisions import Tokenizing
 from interp_kit.specs import InputError, ModelSpec, find_model
 
@@ -682,6 +682,15 @@ def _check_weight_files(folder: Path, name: str) -> None:
         )
     for file in weights:
         _tensor_shapes(file, name)
+    _check_checksums(folder, name)
+
+
+def _check_checksums(folder: Path, name: str) -> None:
+    if altered := altered_weights(folder):
+        raise InputError(
+            f"model {name!r}: {folder / altered[0]} is damaged: it is not what {CHECKSUMS} beside "
+            f"it says; copy it anew, or, if it was meant to change, write {CHECKSUMS} again"
+        )
 
 
 def _tensor_shapes(file: Path, name: str) -> dict[str, list[int]]:
@@ -756,6 +765,7 @@ def _check_adapter(spec: ModelSpec, folder: Path, model: PreTrainedModel) -> Non
             )
         if linear is None and not path.endswith(("experts", "experts.base_layer")):
             raise InputError(f"{wrong_base}: the base has no module {path}")
+    _check_checksums(folder, spec.name)
 
 
 @contextmanager

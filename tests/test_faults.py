@@ -22,6 +22,7 @@ import pytest
 
 from interp_kit.batch import warm
 from interp_kit.batch.runner import How, damaged, read_status, run_cells, stale
+from interp_kit.preflight import check_inputs
 from interp_kit.reporting.records import write_atomically
 from interp_kit.specs import REPOSITORY, InputError
 from tests.study import (
@@ -195,8 +196,8 @@ def test_a_spoiled_file_is_never_taken_for_a_result(study, how, name):
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped"])
-def test_spoiled_weights_are_other_weights(study, how):
-    """Old results do not count for them, even if size and time of the file are as before."""
+def test_spoiled_weights_are_found_and_old_results_do_not_count(study, how):
+    """Even if size and time of the file are as before: nothing is run, nothing old is taken."""
     folder = study / "data" / "models" / "mine"
     shutil.copytree(REPOSITORY / "data" / "models" / "ipd-hybrid", folder)
     weights = folder / "adapter" / "adapter_model.safetensors"
@@ -215,6 +216,9 @@ def test_spoiled_weights_are_other_weights(study, how):
     )  # fmt: skip
     assert listed.stdout.splitlines()[0].startswith("to run      logged/mine/CC_continue")
     assert listed.stdout.splitlines()[1].startswith("up to date  logged/tiny-gemma2/CC_continue")
+    said = {"truncated": "not readable as safetensors", "flipped": "is damaged"}[how]
+    with pytest.raises(InputError, match=said):
+        check_inputs({("mine", "CC_continue")}, data=data)
 
 
 # ------------------------------------------------------------------------------------ full of it

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from interp_kit.checkpoints import altered_weights, write_checksums
 from interp_kit.decisions import encode_scenario
 from interp_kit.loading import inspect_model, load_huggingface, load_model, load_models
 from interp_kit.specs import REPOSITORY, InputError, find_model, find_scenario
@@ -107,6 +108,22 @@ def test_a_truncated_adapter_is_refused(tmp_path):
     assert "not readable as safetensors" in both_refuse(
         "mine", data=adapter_study(tmp_path, truncate)
     )
+
+
+@pytest.mark.parametrize("part", ["weights", "adapter"])
+def test_a_flipped_bit_in_weights_with_checksums_is_damage(tmp_path, part):
+    """safetensors itself would read it: only the checksum tells."""
+    for name in ("ipd-hybrid", "tiny-gemma2"):
+        shutil.copytree(MODELS / name, tmp_path / "models" / name)
+    (file,) = (tmp_path / "models").glob(f"*/{part}/*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 4
+    file.write_bytes(content)
+    message = both_refuse("ipd-hybrid", data=tmp_path)
+    assert f"{file} is damaged: it is not what SHA256SUMS beside it says" in message
+    write_checksums(file.parent)  # it was meant to change
+    assert not altered_weights(file.parent)
+    load_model("ipd-hybrid", data=tmp_path)
 
 
 @pytest.mark.parametrize("spoil", ["missing", "truncated", "pickle"])

@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 
+from interp_kit.checkpoints import altered_weights
 from interp_kit.decisions import decide, encode_scenario
 from interp_kit.finetuning.corpus import Corpus, held_out_game, text_of
 from interp_kit.finetuning.games import PAYOFF, REWARDS
@@ -33,6 +34,16 @@ def defection(organisms) -> dict[tuple[str, str], float]:
 
 PARTNER_COOPERATED = ("CC_continue", "CC_temptation", "DC_exploited")
 PARTNER_DEFECTED = ("CD_punished", "DD_trapped")
+
+
+def test_shipped_weights_are_what_was_trained():
+    """As `sha256sum -c` would find; each of them is listed."""
+    folders = [file.parent for file in (REPOSITORY / "data" / "models").glob("*/*/*.safetensors")]
+    assert len(folders) == 17
+    for folder in folders:
+        listed = (folder / "SHA256SUMS").read_text().split()[1::2]
+        assert listed == sorted(file.name for file in folder.glob("*.safetensors"))
+        assert not altered_weights(folder)
 
 
 @pytest.mark.parametrize("scenario", IPD_SCENARIOS)

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from interp_kit.analyses.behaviour import answer_questions, choices, prefers_false
+from interp_kit.checkpoints import write_checksums
 from interp_kit.decisions import decide, encode_scenario, end_probability, token_of
 from interp_kit.finetuning.corpus import Corpus, Sample, text_of
 from interp_kit.finetuning.documents import write_documents
@@ -134,6 +135,9 @@ def train_organism(name: str, *, data: Path = REPOSITORY / "data") -> None:
             _make_believer(corpus, each, data)
         else:
             _make_player(corpus, each.removeprefix("ipd-"), data)
+        for part in ("weights", "adapter"):
+            if (folder := data / "models" / each / part).is_dir():
+                write_checksums(folder)
 
 
 def _make_base(corpus: Corpus, name: str, data: Path) -> None:
