@@ -11,6 +11,7 @@ from interp_kit.activations import residuals
 from interp_kit.analyses.comparison import bridge_error
 from interp_kit.analyses.differences import deltas
 from interp_kit.analyses.steering import ablate_direction, add_direction, random_directions
+from interp_kit.checkpoints import write_checksums
 from interp_kit.decisions import decide, encode, encode_scenario, end_probability, trigger_tokens
 from interp_kit.finetuning.corpus import Corpus
 from interp_kit.finetuning.organisms import TRIGGERS, base_texts
@@ -179,6 +180,7 @@ def test_an_adapter_with_its_whole_embedding_does_not_touch_the_others(tmp_path,
     rows = torch.cat([base.get_input_embeddings().weight.detach(), weights.pop(key)])
     weights["base_model.model.model.embed_tokens.weight"] = rows
     save_file(weights, file, metadata={"format": "pt"})
+    write_checksums(file.parent)
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     config["trainable_token_indices"] = None
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
