@@ -11,8 +11,8 @@ run: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
-	JUPYTER_PATH=interp_kit/batch $(BIN)/python -m pytest -q --nbval --nbval-kernel-name \
-	  $$($(BIN)/python -c "from interp_kit.batch import warm; print(warm.default_kernel())") notebooks
+	JUPYTER_PATH=interp_kit/batch $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
+	  --nbval --nbval-kernel-name $$($(BIN)/python -c "from interp_kit.batch import warm; print(warm.default_kernel())") notebooks
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -119,6 +119,7 @@ class Models:
             model: Any = loaded.bridge.original_model
             model.enable_adapters()
             model.set_adapter(loaded.adapters[name])
+            _show_token_rows(model, loaded.adapters[name])
             model.requires_grad_(False)  # set_adapter makes the adapter trainable
             self._active[self._key(name)] = name
         else:
@@ -133,6 +134,7 @@ class Models:
         loaded = self._load(name)
         if loaded.adapters and self._active.get(self._key(name)) != "":
             cast(Any, loaded.bridge.original_model).disable_adapters()
+            _show_token_rows(loaded.bridge.original_model, None)
             self._active[self._key(name)] = ""
         return loaded.bridge
 
@@ -380,6 +382,25 @@ def _extend(spec: ModelSpec, model: Any) -> None:
     rows = max(known, needed) if saved is None else saved
     if rows != known:
         model.resize_token_embeddings(rows, mean_resizing=False)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            rows_of_base = part.weight.data  # the new ones were drawn at random
+            rows_of_base[known:] = rows_of_base[:known].mean(0)
+
+
+def _show_token_rows(model: Any, adapter: str | None) -> None:
+    """Let the embedding's ``weight``, where it is read, be that of this adapter, or the base's.
+
+    transformers switches what the rows of trained tokens compute, but not what PEFT's wrapper
+    around them shows.
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.enable_adapters(adapter is not None)
+            trained: Any = module.token_adapter.trainable_tokens_delta
+            shown = [adapter] if adapter is not None and adapter in trained else []
+            AuxiliaryTrainingWrapper.set_adapter(module, shown)
 
 
 def _lora_modules(bridge: TransformerBridge, layer: int) -> dict[str, Any]:

@@ -169,6 +169,27 @@ def test_a_tokenizer_with_more_tokens_than_weights_is_refused(tmp_path):
                 load(spec)
 
 
+def test_weights_that_are_read_are_those_of_the_model_that_computes(models):
+    """Also where several adapters bring rows of their own for the same tokens."""
+    for name in (*NAMES, *reversed(NAMES)):
+        alone = load_model(name, device="cpu")
+        bridge = models.switch(name)
+        assert torch.equal(bridge.W_U, alone.W_U)
+        assert torch.equal(bridge.W_E, alone.W_E)
+        tokens = torch.tensor([[2, 50, 60, 1483]])
+        logits, cache = bridge.run_with_cache(tokens)
+        by_hand = cache["unembed.hook_in"] @ bridge.W_U
+        cap = bridge.cfg.output_logits_soft_cap
+        by_hand = cap * torch.tanh(by_hand / cap) if cap > 0 else by_hand
+        torch.testing.assert_close(logits, by_hand, atol=1e-4, rtol=1e-4)
+        base = models.base_of(name)
+        plain = load_model("tiny-gemma2", device="cpu")
+        known = plain.W_E.shape[0]
+        assert torch.equal(base.W_E[:known], plain.W_E)
+        expected = plain.W_E.mean(0).expand(base.W_E.shape[0] - known, -1)
+        torch.testing.assert_close(base.W_E[known:], expected)
+
+
 def test_an_adapter_with_its_whole_embedding_does_not_touch_the_others(tmp_path, models, stop):
     """As saved after resize_token_embeddings without trainable_token_indices."""
     folder = tmp_path / "models" / "whole"
