@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PARALLEL = -n $(WORKERS) --dist loadfile
 SYSTEMS = $(addprefix papermill_params/,ipd.yaml kill_switch.yaml cubic_gravity.yaml dilemmas.yaml)
 
 .PHONY: run test lint lock clean
@@ -10,9 +11,10 @@ run: .venv/installed
 	$(BIN)/interp-kit run $(SYSTEMS) --workers $(WORKERS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
-	JUPYTER_PATH=interp_kit/batch $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
-	  --nbval --nbval-kernel-name $$($(BIN)/python -c "from interp_kit.batch import warm; print(warm.default_kernel())") notebooks
+	$(BIN)/python -m pytest -q $(PARALLEL)
+	JUPYTER_PATH=interp_kit/batch $(BIN)/python -m pytest -q $(PARALLEL) notebooks --nbval \
+	  --nbval-kernel-name \
+	  $$($(BIN)/python -c "from interp_kit.batch import warm; print(warm.default_kernel())")
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

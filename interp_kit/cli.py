@@ -115,9 +115,10 @@ def run(
         typer.echo(f"interp-kit: {stopped or 'stopped before a cell ran'}", err=True)
         raise typer.Exit(130) from None
     for spec, own in zip(specs, expanded):
-        index = _write_report(spec.name, spec.about, own, outputs)
-        _print_table([o for o in outcomes if o.cell in own])
-        typer.echo(f"Report: {index}")
+        if ended := [outcome for outcome in outcomes if outcome.cell in own]:
+            index = _write_report(spec.name, spec.about, own, outputs)
+            _print_table(ended)
+            typer.echo(f"Report: {index}")
     if any(o.state == "error" for o in outcomes):
         raise typer.Exit(1)
 

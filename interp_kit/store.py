@@ -9,7 +9,6 @@ Whenever the folder outgrows ``INTERP_KIT_ACTIVATIONS_GIB``, what was used least
 import hashlib
 import json
 import os
-import platform
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -33,13 +32,15 @@ COMPUTING = ("torch", "transformers", "transformer-lens", "peft")
 def name_of(bridge: TransformerBridge, model: ModelSpec, *what: object) -> str:
     """The name of what is computed: a hash of the weights, the code, the machine and ``what``.
 
-    The numbers of a CPU depend on the threads that share a sum, and so does the name.
+    The numbers of a CPU depend on its instructions and on the threads that share a sum, and so
+    does the name.
     """
     device = torch.device(bridge.cfg.device or "cpu")
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    if device.type == "cuda":
+        machine = [torch.cuda.get_device_name(device)]
     code = [package_hash(), *(version(name) for name in COMPUTING)]
-    place = [device.type, gpu, torch.get_num_threads()]
-    content = json.dumps([weights_hash(model), code, place, what])
+    content = json.dumps([weights_hash(model), code, device.type, machine, what])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

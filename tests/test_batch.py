@@ -251,6 +251,10 @@ def test_several_run_files_are_one_batch_with_a_report_each(study, run_study):
         assert f"Report: {study / 'outputs' / name / 'index.html'}" in result.output
         assert (study / "outputs" / name / "each/ipd-hybrid/CD_punished/result.txt").is_file()
     assert "0 ok, 1 up to date, 1 failed" in run_study(str(other), "--only", "*/*/*").output
+    shutil.rmtree(study / "outputs" / "other")
+    other.write_text(other.read_text().replace("CD_punished", "DC_exploited"))
+    some = run_study(str(other), "--only", "*/*/CD_punished")
+    assert some.output.count("Report: ") == 1  # nothing of the other was asked for
     twice = run_study(str(study / "mine.yaml"))
     assert "two run files have one name" in str(twice.exception)
 
