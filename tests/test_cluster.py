@@ -45,9 +45,8 @@ def cluster(tmp_path):
         client.wait_for_workers(2, timeout=60)
         address = client.scheduler.address
     yield address, workers, mark
-    for process in started[::-1]:
-        process.terminate()
     for process in started:
+        process.kill()  # Dask's own way out may take minutes on a busy machine
         process.wait(timeout=30)
     deadline = time.monotonic() + 15
     while processes_of(mark) and time.monotonic() < deadline:
