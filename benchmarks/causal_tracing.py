@@ -11,7 +11,8 @@ would take over five minutes is run on evenly spaced patches, and its time scale
 **Shared passes.** Logit lens, direct logit attribution and a causal trace (what every layer writes
 where the answers part, both directions) on the same prompts, one after the other, and the same
 inside ``shared_passes``. There lens and attribution read one forward pass; the trace records its
-own, once for both directions in either case. ``passes`` counts forward passes, those of sweeps included, however many rows they have.
+own, once for both directions in either case. ``passes`` counts forward passes, those of sweeps
+included, however many rows they have.
 
 Times are wall seconds of one thread in float32, recording included: a forward pass is the median of
 5; a trace the median of 3 after a warm-up, or a single one if it takes over 10 s. The model of 12
