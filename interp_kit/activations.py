@@ -5,7 +5,6 @@ has been through one block and the last index goes to the final norm. The embedd
 tables and figures it is -1. Prompts of one length go together, so that nothing is ever padded.
 """
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ class _Shared:
     """The passes that analyses share; kept on disk, too, if it is known whose they are."""
 
     model: ModelSpec | None
-    passes: dict[tuple[int, bytes], dict[str, Tensor]] = field(default_factory=dict)
+    passes: dict[Hashable, dict[str, Tensor]] = field(default_factory=dict)
     others: "OrderedDict[Hashable, tuple[Any, int]]" = field(default_factory=OrderedDict)
 
 
@@ -46,9 +45,11 @@ def shared_passes(model: ModelSpec | None = None) -> Iterator[None]:
     Lens, attribution and their controls then cost one pass together, and patching a prompt again
     does not record it again. Nothing may change what the model computes inside: no switch to
     another adapter, no hook, no steering. ``model`` says which one computes: then other notebooks
-    share the passes too, where there is a ``store`` for them. Within another it changes nothing.
+    share the passes too, where there is a ``store`` for them. Within another of the same model, or
+    naming none, it changes nothing.
     """
-    if _shared.get() is not None:
+    outer = _shared.get()
+    if outer is not None and model in (None, outer.model):
         yield
         return
     token = _shared.set(_Shared(model=model))
@@ -68,7 +69,7 @@ def read_last(
     shared = _shared.get()
     if shared is None:
         return _read_last(bridge, tokens, names, read)
-    key = (id(bridge), repr(tokens.tolist()).encode())
+    key = (bridge, repr(tokens.tolist()))
     kept = shared.passes.get(key)
     if not _reaches(kept, read):
         kept = shared.passes[key] = _shared_pass(bridge, tokens, read, shared.model)
@@ -140,16 +141,15 @@ def last_residuals(
     model: ModelSpec | None = None,
 ) -> Residuals:
     """``residuals`` at the last of each row of token ids."""
-    name = store.name_of(bridge, model, "last", [*map(list, rows)]) if model else ""
-    found = store.find(name) if name else None
+    name = store.name_of(bridge, model, "last", [*map(list, rows)])
+    found = store.find(name)
     if found is not None:
         return found["stream"]
     result = torch.empty(len(rows), bridge.cfg.n_layers, bridge.cfg.d_model)
     for index in batches([(len(row), None) for row in rows]):
         stream = residual_stream(bridge, torch.tensor([rows[i] for i in index]), 1)[1:, :, 0]
         result[index] = stream.movedim(0, 1).float().cpu()
-    if name:
-        store.keep(name, {"stream": result})
+    store.keep(name, {"stream": result})
     return result
 
 
@@ -161,15 +161,15 @@ def resumed(bridge: TransformerBridge, layer: int) -> Iterator[None]:
     may change what those compute or read them, and no key-value cache may be in use: a batch is
     known again by what enters the first block.
     """
-    ended: dict[bytes, Any] = {}  # what left block ``layer``, by what entered the first one
-    now = b""
+    ended: dict[str, Any] = {}  # what left block ``layer``, by what entered the first one
+    now = ""
 
     def wrapped(at: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal now
             if at == 0:
                 entering = args[0] if args else kwargs["hidden_states"]
-                now = _digest(entering)
+                now = store.digest_of(entering=entering)
             if now in ended:
                 return ended[now]
             out = forward(*args, **kwargs)
@@ -222,11 +222,6 @@ def norm_scale(
 
 
 # ------------------------------------------------------------------------------------- internals
-def _digest(x: Tensor) -> bytes:
-    raw = x.detach().contiguous().view(torch.uint8).cpu().numpy()
-    return hashlib.sha256(repr(x.shape).encode() + raw.tobytes()).digest()
-
-
 def _reaches(kept: dict[str, Tensor] | None, read: int) -> TypeGuard[dict[str, Tensor]]:
     """Whether a pass was kept, as far back as is asked for."""
     return kept is not None and kept["blocks.0.hook_resid_pre"].shape[1] >= read
@@ -237,13 +232,12 @@ def _shared_pass(
 ) -> dict[str, Tensor]:
     """All that is read of last positions, from the disk if it is there."""
     names = last_names(bridge)
-    name = store.name_of(bridge, model, names, tokens.tolist()) if model else ""
-    found = store.find(name) if name else None
+    name = store.name_of(bridge, model, names, tokens.tolist())
+    found = store.find(name)
     if _reaches(found, read):
         return {key: tensor.to(bridge.cfg.device) for key, tensor in found.items()}
     computed = _read_last(bridge, tokens, names, read)
-    if name:
-        store.keep(name, computed)
+    store.keep(name, computed)
     return computed
 
 

@@ -60,6 +60,13 @@ def weights_hash(spec: ModelSpec) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def snapshots(spec: ModelSpec) -> list[str]:
+    """The commits of the model's Hugging Face snapshots on this machine; none of local folders."""
+    places = [(spec.base, spec.revision), (spec.adapter, spec.adapter_revision)]
+    folders = [_snapshot(p, revision) for p, revision in places if p and not Path(p).is_dir()]
+    return [folder.name for folder in folders if folder]
+
+
 def files_hash(files: list[Path], root: Path) -> str:
     """Of the files' contents and their names below ``root``."""
     return hashlib.sha256(
@@ -90,6 +97,12 @@ def _sha256(file: Path) -> str:
 
 
 def _cached(place: str, revision: str | None) -> bool:
+    folder = _snapshot(place, revision)
+    return folder is not None and whole(folder)
+
+
+def _snapshot(place: str, revision: str | None) -> Path | None:
+    """The folder of a Hugging Face id's files, named by its commit, if any of them are there."""
     configs = ("config.json", "adapter_config.json")
     found = (try_to_load_from_cache(place, config, revision=revision) for config in configs)
-    return any(isinstance(file, str) and whole(Path(file).parent) for file in found)
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.checkpoints import package_hash, weights_hash
+from interp_kit.checkpoints import package_hash, snapshots, weights_hash
 from interp_kit.specs import InputError, ModelSpec
 
 FOLDER, SIZE = "INTERP_KIT_ACTIVATIONS", "INTERP_KIT_ACTIVATIONS_GIB"
@@ -29,31 +29,34 @@ DEFAULT_GIB = 4.0
 COMPUTING = ("torch", "transformers", "transformer-lens", "peft")
 
 
-def name_of(bridge: TransformerBridge, model: ModelSpec, *what: object) -> str:
+def name_of(bridge: TransformerBridge, model: ModelSpec | None, *what: object) -> str:
     """The name of what is computed: a hash of the weights, the code, the machine and ``what``.
 
     The numbers of a CPU depend on its instructions and on the threads that share a sum, and so
-    does the name.
+    does the name; a model of the Hugging Face cache is told by its snapshot's commit. Empty, a name
+    under which nothing is found or kept, where nobody says whose it is, or where to keep it.
     """
+    if model is None or _folder() is None:
+        return ""
     device = torch.device(bridge.cfg.device or "cpu")
     machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     if device.type == "cuda":
         machine = [torch.cuda.get_device_name(device)]
     code = [package_hash(), *(version(name) for name in COMPUTING)]
-    content = json.dumps([weights_hash(model), code, device.type, machine, what])
+    content = json.dumps([weights_hash(model), snapshots(model), code, device.type, machine, what])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def find(name: str) -> dict[str, Tensor] | None:
     """What was kept under this name; nothing, with a warning, if the file is damaged."""
     folder = _folder()
-    file = folder / f"{name}.safetensors" if folder else None
+    file = folder / f"{name}.safetensors" if folder and name else None
     if file is None or not file.is_file():
         return None
     try:
         with safe_open(file, framework="pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-            if stored.metadata()["sha256"] == _digest(name, tensors):
+            if stored.metadata()["sha256"] == digest_of(name, **tensors):
                 os.utime(file)  # used just now
                 return tensors
             problem = "its checksum is another"
@@ -70,7 +73,7 @@ def keep(name: str, tensors: Mapping[str, Tensor]) -> None:
     so: the numbers are there all the same.
     """
     folder = _folder()
-    if folder is None:
+    if folder is None or not name:
         return
     ours = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     limit = _limit()
@@ -79,13 +82,22 @@ def keep(name: str, tensors: Mapping[str, Tensor]) -> None:
     beside = folder / f".{name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(ours, beside, metadata={"sha256": _digest(name, ours)})
+        save_file(ours, beside, metadata={"sha256": digest_of(name, **ours)})
         beside.replace(folder / f"{name}.safetensors")
         _shrink(folder, limit)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             beside.unlink()
         warnings.warn(f"{folder}: activations are not kept ({error})", stacklevel=3)
+
+
+def digest_of(*names: str, **tensors: Tensor) -> str:
+    """A hash of tensors' names, types, shapes and bytes, and of further names."""
+    digest = hashlib.sha256(repr(names).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------- internals
@@ -114,11 +126,3 @@ def _shrink(folder: Path, limit: float) -> None:
             return
         file.unlink(missing_ok=True)
         total -= size
-
-
-def _digest(name: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(name.encode())
-    for key, tensor in sorted(tensors.items()):
-        digest.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

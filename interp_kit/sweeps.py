@@ -180,7 +180,7 @@ def recorded(
 ) -> Recording:
     """``record`` of the model as it is: inside ``shared_passes``, what was recorded before."""
     kept = frozenset(places)
-    key = "recording", id(bridge), tuple(tokens), kept, read
+    key = "recording", bridge, tuple(tokens), kept, read
     return once(key, lambda: record(bridge, tokens, kept, read=read), lambda made: made.bytes)
 
 

@@ -27,7 +27,7 @@ from interp_kit.analyses.patching import (
     identity_patch_error,
 )
 from interp_kit.batch.matrix import _model_hash
-from interp_kit.checkpoints import absent, weights_hash
+from interp_kit.checkpoints import absent, snapshots, weights_hash
 from interp_kit.cli import app
 from interp_kit.decisions import decide
 from interp_kit.loading import inspect_model, load_huggingface, load_model, load_models
@@ -106,6 +106,8 @@ def test_a_ready_spec_loads_as_soon_as_its_files_are_there(hub, name):
 
 def test_one_ready_spec_is_sharded(hub):
     (folder,) = (hub / "models--meta-llama--Llama-3.1-8B-Instruct" / "snapshots").iterdir()
+    assert snapshots(find_model("llama-3.1-8b-instruct")) == [folder.name]
+    assert snapshots(find_model("tiny-gemma2")) == []
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 1
     away = shards[0].rename(folder / "away")

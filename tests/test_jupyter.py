@@ -80,6 +80,8 @@ def lab(tmp_path_factory):
                 break
             except OSError:
                 time.sleep(0.25)
+        else:
+            pytest.fail((runtime / "log").read_text())
         yield address, runtime
     finally:
         server.terminate()

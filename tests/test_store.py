@@ -107,10 +107,23 @@ def test_each_fine_tune_on_one_base_has_its_own(organisms, kept, monkeypatch):
 def test_nothing_is_kept_unless_a_folder_is_named(tiny_bridge, spec, tmp_path, monkeypatch):
     monkeypatch.delenv(store.FOLDER, raising=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(store, "weights_hash", no_pass)  # nor is anything hashed
     last_residuals(tiny_bridge, rows_of(tiny_bridge), model=spec)
     with shared_passes(spec):
         logit_lens(tiny_bridge, tiny_prompts(tiny_bridge))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_passes_of_another_model_inside_are_that_models(organisms, kept, monkeypatch):
+    """Else they would be kept under the outer one's name."""
+    scenario = find_scenario("CC_temptation")
+    with shared_passes(organisms.specs["tiny-gemma2"]):
+        (outer,) = across(organisms, [scenario], logit_lens)
+    for name in organisms:
+        monkeypatch.setattr(organisms.switch(name), "run_with_hooks", no_pass)
+    (found,) = across(organisms, [scenario], logit_lens)
+    assert found.equals(outer)
+    assert found.groupby("model", sort=False).value.sum().nunique() == len(list(organisms))
 
 
 # -------------------------------------------------------------------------------------------- names
@@ -128,7 +141,7 @@ def test_the_identity_of_weights_is_their_files_content(tiny_folders, tmp_path):
     assert weights_hash(find_model("org/name")) != weights_hash(find_model("org/other"))
 
 
-def test_a_name_tells_apart_what_gives_other_numbers(tiny_bridge, spec, monkeypatch):
+def test_a_name_tells_apart_what_gives_other_numbers(tiny_bridge, spec, kept, monkeypatch):
     def name(**changes):
         return store.name_of(tiny_bridge, spec.model_copy(update=changes), "last", [[1, 2]])
 
@@ -141,7 +154,10 @@ def test_a_name_tells_apart_what_gives_other_numbers(tiny_bridge, spec, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(torch, "get_num_threads", lambda: 7)
         names.add(name())
-    assert len(names) == 7
+    with monkeypatch.context() as patched:  # the hub's files, after an update
+        patched.setattr(store, "snapshots", lambda model: ["another commit"])
+        names.add(name())
+    assert len(names) == 8
     assert name() == name(name="other", title="Other")
 
 
