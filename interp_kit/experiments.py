@@ -6,7 +6,7 @@ from the clean run, into runs whose embeddings are noisy. Patching asks for one 
 causal tracing for windows of layers, circuits for any sets.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,11 +65,14 @@ class Experiment:
     _switch: Callable[[], object] = lambda: None  # to the target, where a bridge serves several
 
     def values(
-        self, rows: Sequence[Row], *, base: Row = NOTHING, skip: bool = True
+        self, rows: Sequence[Row], *, base: Row = NOTHING, start: int | None = None
     ) -> Float[Tensor, "row"]:
-        """The base's value, then each row's. A row is a set of patches, ``base`` not included."""
+        """The base's value, then each row's. A row is a set of patches, ``base`` not included.
+
+        ``start`` computes every row from that position on, even where nothing can change.
+        """
         self._switch()
-        parts = [reading.values(rows, base=base, skip=skip) for reading in self._readings]
+        parts = [reading.values(rows, base=base, start=start) for reading in self._readings]
         return torch.stack(parts).sum(0)
 
 
@@ -191,7 +194,8 @@ def counterfactual_experiment(
         at = [*index, *range(len(source_prompt.tokens), len(source_prompt.tokens) + len(tail))]
         values = {place: _moved(theirs, ours, place, at) for place in places}
         source = Source(values=values, head_shift={})
-        readings.append(_reading(bridge, sequence, ours, source, theirs, metric))
+        key = bridge, sequence.tokens, source_prompt.tokens + tail, tuple(at), sequence.read
+        readings.append(_reading(bridge, sequence, ours, source, theirs, metric, key=key))
     return _experiment(prompt, metric, readings)
 
 
@@ -353,13 +357,13 @@ class _Reading:
     source: float
     during: Callable[[], AbstractContextManager[None]] = nullcontext  # what corrupts every row
 
-    def values(self, rows: Sequence[Row], *, base: Row, skip: bool) -> Tensor:
+    def values(self, rows: Sequence[Row], *, base: Row, start: int | None) -> Tensor:
         with self.during():
-            return self.score(self.sweep.logits(rows, base=base, ids=self.ids, skip=skip))
+            return self.score(self.sweep.logits(rows, base=base, ids=self.ids, start=start))
 
 
 def _experiment(prompt: Prompt, metric: Metric, readings: list[_Reading]) -> Experiment:
-    baseline = sum(float(r.values([], base=NOTHING, skip=True)[0]) for r in readings)
+    baseline = sum(float(r.values([], base=NOTHING, start=None)[0]) for r in readings)
     source = sum(r.source for r in readings)
     return Experiment(
         prompt=prompt, metric=metric, baseline=baseline, source=source, _readings=readings
@@ -410,8 +414,10 @@ def _reading(
     source: Source,
     source_run: Recording | None,
     metric: Metric,
+    *,
+    key: Hashable = None,
 ) -> _Reading:
-    sweep = Sweep(bridge, target, source, read=sequence.read)
+    sweep = Sweep(bridge, target, source, read=sequence.read, key=key)
     ids = None
     if metric == "kl":
         score = _divergence_from(target.logits.cpu())

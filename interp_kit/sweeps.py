@@ -17,10 +17,9 @@ Masks, rotary embeddings, norms, caps and expert routing stay the model's own.
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -58,6 +57,9 @@ CHUNK_TOKENS = {
     "mps": 4096,
 }  # patched tokens in one pass: enough to keep it busy
 CHUNK_BYTES = 2**30
+# What a device computes while Python calls the modules of one block, some 2.5 ms: of 35 GFLOP/s
+# (measured on one core), and of 40 and 4 TFLOP/s.
+CALL_FLOPS = {"cpu": 1e8, "cuda": 1e11, "mps": 1e10}
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -242,9 +244,16 @@ class Sweep:
     """One target run and one source: ``logits(rows)`` runs any number of patch sets."""
 
     def __init__(
-        self, bridge: TransformerBridge, target: Recording, source: Source, *, read: int = 1
+        self,
+        bridge: TransformerBridge,
+        target: Recording,
+        source: Source,
+        *,
+        read: int = 1,
+        key: Hashable = None,
     ) -> None:
         self.bridge, self.target, self.source, self.read = bridge, target, source, read
+        self._key = key  # names the two runs: inside ``shared_passes``, no row is run twice
         self._differs: dict[Place, np.ndarray] = {}
 
     @torch.no_grad()
@@ -254,53 +263,73 @@ class Sweep:
         *,
         base: Row = NOTHING,
         ids: tuple[int, ...] | None = None,
-        skip: bool = True,
+        start: int | None = None,
     ) -> Float[Tensor, "row read token"]:
         """Logits at the positions read: row 0 is ``base``, row 1 + i is ``rows[i]``.
 
-        ``ids`` keeps these tokens only; ``None`` the whole vocabulary. ``skip`` = False computes
-        rows that cannot differ, too: for measuring the numerical noise of the computation itself.
+        ``ids`` keeps these tokens only; ``None`` the whole vocabulary. ``start`` computes every row
+        from that position on, those that cannot differ, too: for measuring the numerical noise of
+        the computation itself.
         """
-        exact_ids = ids is not None and self._unembeds_alike(ids)
+        alone = ids is not None and self._unembeds_alike(ids)
         unpatched = self.target.logits if ids is None else self.target.logits[:, list(ids)]
-        starts = [self._start([*row, *base], skip) for row in rows]
-        base_start = self._start(base, skip) if base else None
         result = unpatched.expand(1 + len(rows), *unpatched.shape).clone()
-        chunks = list(self._chunks(rows, base, starts))
-        if base_start is not None and not chunks:
-            chunks = [(base_start, [])]
-        for start, order in chunks:
-            chosen = [rows[i] for i in order]
-            part = self._pass(chosen, base, start, ids if exact_ids else None, ids)
-            result[[1 + i for i in order]] = part[len(part) - len(order) :]
+        for order, part in self._parts(rows, base, start, alone):
+            if alone:
+                assert ids is not None
+                part = _unembed(self.bridge, part, ids)
+            elif ids is not None:
+                part = part[..., list(ids)]
+            lead = len(base) > 0
+            same = part[:1].expand(lead + len(order) - len(part), *part.shape[1:])
+            part = torch.cat([part, same]).float()  # rows that equal the base are not computed
+            result[[1 + i for i in order]] = part[lead:]
             if base:
                 result[0] = part[0]
         return result.cpu()
 
     # --------------------------------------------------------------------------------- internals
+    def _parts(
+        self, rows: Sequence[Row], base: Row, start: int | None, alone: bool
+    ) -> Iterable[tuple[list[int], Float[Tensor, "row read _"]]]:
+        """(the rows, what ``_pass`` makes of them) of every pass."""
+
+        def run() -> Iterator[tuple[list[int], Tensor]]:
+            for at, order in self._chunks(rows, base, start):
+                yield order, self._pass([rows[i] for i in order], base, at, alone)
+
+        if self._key is None or not alone:
+            return run()  # logits of the whole vocabulary are too many to keep
+        key = "patched", self._key, tuple(rows), base, start
+        return once(key, lambda: list(run()), lambda made: sum(part.nbytes for _, part in made))
+
     def _chunks(
-        self, rows: Sequence[Row], base: Row, starts: Sequence[int | None]
+        self, rows: Sequence[Row], base: Row, start: int | None
     ) -> Iterator[tuple[int, list[int]]]:
         """(first position, rows) of every pass: rows of one start in the order of their layers."""
-        live = [i for i, start in enumerate(starts) if start is not None]
-        key = {i: (starts[i], _joins(rows[i], base, self.bridge.cfg.n_layers)) for i in live}
-        for start, group in groupby(sorted(live, key=key.__getitem__), key=lambda i: starts[i]):
-            assert start is not None
-            order = list(group)
-            size = rows_at_once(self.bridge, suffix=self.target.length - start)
-            yield from ((start, order[i : i + size]) for i in range(0, len(order), size))
+        if start is not None and not self.target.keys_values:
+            start = 0
+        firsts = [self._first([*row, *base]) if start is None else start for row in rows]
+        groups: dict[int, list[int]] = {}
+        for i, first in sorted(enumerate(firsts), key=lambda pair: pair[1] or 0):
+            if first is not None:
+                groups.setdefault(first, []).append(i)
+        if base and not groups and (first := self._first(base)) is not None:
+            groups[first] = []
+        layers = self.bridge.cfg.n_layers
+        for first, order in _merged(groups, pass_tokens(self.bridge)).items():
+            order.sort(key=lambda i: _joins(rows[i], base, layers))
+            size = rows_at_once(self.bridge, suffix=self.target.length - first)
+            yield from ((first, order[i : i + size]) for i in range(0, max(1, len(order)), size))
 
-    def _start(self, patches: Iterable[Patch], skip: bool) -> int | None:
+    def _first(self, patches: Iterable[Patch]) -> int | None:
         """The first position that the patches can change; ``None`` if they change nothing.
 
         Before it, source and target agree in every place that is written, and attention only looks
         back: by induction over layers nothing there can change, however many patches there are.
         """
-        if not skip or not self.target.keys_values:
-            touched = any(self._live(p) is not None for p in patches)
-            return 0 if touched or not skip else None
         live = [first for p in patches if (first := self._live(p)) is not None]
-        return min(live, default=None)
+        return min(live, default=None) if self.target.keys_values or not live else 0
 
     def _live(self, patch: Patch) -> int | None:
         """The first patched position where source and target differ in the patch's place."""
@@ -332,14 +361,13 @@ class Sweep:
         rows: Sequence[Row],
         base: Row,
         start: int,
-        alone: tuple[int, ...] | None,
-        ids: tuple[int, ...] | None,
-    ) -> Float[Tensor, "row read token"]:
+        alone: bool,
+    ) -> Float[Tensor, "row read _"]:
         """One forward pass of the positions from ``start``: the base (if it has patches), ``rows``.
 
         The rows are in the order of their layers. Without a base of its own the first row leads;
-        it is the unpatched run until it joins. ``alone`` are tokens that may be unembedded by
-        themselves; else ``ids`` are picked from all.
+        it is the unpatched run until it joins. Returns logits; ``alone``, what is unembedded.
+        Rows that equal the first are left out.
         """
         suffix = self.target.tokens[:, start:]
         length, layers = suffix.shape[1], self.bridge.cfg.n_layers
@@ -357,7 +385,7 @@ class Sweep:
         def last(x: Tensor, hook: object) -> Tensor:
             kept = x.reshape(-1, length, x.shape[-1])[:, -self.read :]
             final.append(kept)
-            return kept if alone is None else kept[:1]
+            return kept[:1] if alone else kept
 
         cache = self.target.prefix(start)
         how: dict[str, Any] = {"past_key_values": cache} if cache else {}
@@ -373,12 +401,7 @@ class Sweep:
             out = self.bridge.run_with_hooks(
                 suffix, fwd_hooks=[*hooks, ("unembed.hook_in", last)], **how
             )
-        if alone is not None:
-            out = _unembed(self.bridge, final[0], alone)
-        elif ids is not None:
-            out = out[..., list(ids)]
-        same = out[:1].expand(len(sets) - len(out), *out.shape[1:])  # rows that equal the base
-        return torch.cat([out, same]).float()
+        return final[0] if alone else out
 
     def _trimmed(self, hooks: Hooks, length: int) -> Hooks:
         """In the last block only what is read goes through the projections after attention.
@@ -468,6 +491,13 @@ class Sweep:
             (HOOKS["resid_pre"].format(layer), keep),
             (HOOKS["attn_out"].format(layer), complete),
         ]
+
+
+def pass_tokens(bridge: TransformerBridge) -> int:
+    """How many tokens cost as much as a pass of none: calling the modules and hooks of a block."""
+    cfg = bridge.cfg
+    weights = cfg.d_model * (4 * cfg.d_model + 3 * (cfg.d_mlp or 4 * cfg.d_model))
+    return int(CALL_FLOPS.get(_device(bridge).type, CALL_FLOPS["cpu"]) / (2 * weights))
 
 
 def rows_at_once(bridge: TransformerBridge, *, suffix: int) -> int:
@@ -564,6 +594,17 @@ class _Tree:
             at = row * length
             whole[..., at : at + length, start + at : start + at + length] = mask[..., start:]
         return whole
+
+
+def _merged(groups: dict[int, list[int]], worth: int) -> dict[int, list[int]]:
+    """Groups of rows by first position, ascending; ``worth`` tokens more are as dear as a pass."""
+    merged: dict[int, list[int]] = {}
+    begun = 0
+    for first, rows in groups.items():
+        if not merged or len(rows) * (first - begun) > worth:
+            begun = first
+        merged.setdefault(begun, []).extend(rows)
+    return merged
 
 
 def _joins(row: Row, base: Row, layers: int) -> int:

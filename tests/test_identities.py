@@ -19,8 +19,10 @@ from interp_kit.analyses.comparison import bridge_error
 from interp_kit.analyses.lens import logit_lens, random_direction_lens, top_tokens
 from interp_kit.analyses.patching import activation_patching, identity_patch_error
 from interp_kit.decisions import decide
+from interp_kit.experiments import components, first_difference
 from interp_kit.loading import load_huggingface, load_model
 from interp_kit.specs import find_model
+from interp_kit.sweeps import Sweep
 from tests.conftest import tiny_prompts
 from tests.tiny import ARCHITECTURES
 
@@ -200,6 +202,22 @@ def test_patching_a_prompt_into_itself_changes_nothing(tiny_bridge):
     error = max(identity_patch_error(tiny_bridge, [p]) for p in tiny_prompts(tiny_bridge))
     print(f"{tiny_bridge.cfg.architecture}: identity patch {error:.1e} nats")
     assert error <= 1e-5
+
+
+def test_the_identity_patch_is_computed_though_nothing_can_change(tiny_bridge, monkeypatch):
+    prompt = tiny_prompts(tiny_bridge)[0]
+    written, write = [], Sweep._write
+
+    def off_by_one(self, place, entries, start, length):
+        written.extend(patch for _, patch in entries)
+        hooks = write(self, place, entries, start, length)
+        return [(name, lambda x, hook, put=put: put(x, hook) + 1) for name, put in hooks]
+
+    monkeypatch.setattr(Sweep, "_write", off_by_one)
+    assert identity_patch_error(tiny_bridge, [prompt]) > 1e-3
+    assert min(pos for patch in written for pos in patch.positions) == first_difference(prompt)
+    stream = [patch for patch in written if patch.site == "resid_pre"]
+    assert len(written) - len(stream) == len(components(tiny_bridge, "component"))
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

@@ -19,12 +19,13 @@ from interp_kit.analyses.patching import (
     cross_model_patching,
     transplant_error,
 )
-from interp_kit.decisions import decide, encode
+from interp_kit.decisions import decide, encode, with_random_answers
 from interp_kit.experiments import (
     components,
     counterfactual_experiment,
     cross_model_experiment,
     find_component,
+    first_difference,
 )
 from interp_kit.loading import load_models
 from interp_kit.specs import InputError
@@ -166,6 +167,44 @@ def test_packed_rows_equal_a_batch(tiny_bridge, monkeypatch):
     monkeypatch.setattr("interp_kit.sweeps.PACKED", 0)
     batch = activation_patching(tiny_bridge, [prompt], positions="decision")
     assert packed.value.to_numpy() == pytest.approx(batch.value.to_numpy(), abs=1e-5)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """(first position, rows) of every pass of a sweep."""
+    made, run = [], sweeps.Sweep._pass
+
+    def counted(self, rows, base, start, alone):
+        made.append((start, len(rows)))
+        return run(self, rows, base, start, alone)
+
+    monkeypatch.setattr(sweeps.Sweep, "_pass", counted)
+    return made
+
+
+def test_passes_of_few_rows_are_made_together(tiny_bridge, monkeypatch, passes):
+    prompt = segmented(tiny_bridge)
+
+    def sweep():
+        passes.clear()
+        table = activation_patching(tiny_bridge, [prompt], unit="resid_pre", positions="each")
+        return table, [start for start, _ in passes]
+
+    together, starts = sweep()
+    monkeypatch.setattr(sweeps, "CALL_FLOPS", {"cpu": 0})
+    apart, starts_apart = sweep()
+    first = first_difference(prompt)
+    assert starts == [first, first]  # one in each direction: these models are tiny
+    assert starts_apart == list(range(first, len(prompt.branch))) * 2
+    assert together.value.to_numpy() == pytest.approx(apart.value.to_numpy(), abs=1e-5)
+
+
+def test_rows_join_a_pass_only_where_that_costs_less():
+    groups = {3: [0, 1], 5: [2, 3], 6: [4, 5, 6], 9: [7]}
+    assert sweeps._merged(groups, 0) == groups
+    assert sweeps._merged(groups, 4) == {3: [0, 1, 2, 3], 6: [4, 5, 6, 7]}
+    assert sweeps._merged(groups, 9) == {3: list(range(8))}
+    assert sweeps._merged({}, 9) == {}
 
 
 @pytest.mark.parametrize("replacement", ["zero", "mean"])
@@ -418,6 +457,23 @@ def test_both_directions_share_two_recordings(tiny_bridge, monkeypatch, analysis
         again = [analysis(tiny_bridge, prompts) for _ in range(2)]
     assert len(recorded) == n_shared
     assert all(table.equals(shared) for table in again)
+
+
+def test_other_answers_to_the_same_prompts_cost_no_further_pass(tiny_bridge, passes):
+    prompts = [segmented(tiny_bridge)]
+    others = with_random_answers(tiny_bridge, prompts, n=2)
+    alone = [activation_patching(tiny_bridge, given) for given in (prompts, others)]
+    passes.clear()
+    with activations.shared_passes():
+        activation_patching(tiny_bridge, prompts)
+        first = len(passes)
+        shared = [activation_patching(tiny_bridge, given) for given in (prompts, others)]
+        assert len(passes) == first
+        activation_patching(tiny_bridge, prompts, positions="each")
+        assert len(passes) > first
+    for table, expected in zip(shared, alone):
+        pd.testing.assert_frame_equal(table, expected, check_exact=True)
+    assert not np.allclose(shared[1].value[: len(shared[0])], shared[0].value)
 
 
 def test_recordings_are_let_go_when_they_are_too_many(tiny_bridge, monkeypatch):

@@ -16,8 +16,11 @@ import pandas as pd
 import psutil
 import pytest
 from jupyter_client.manager import KernelManager
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 
 from interp_kit.batch import warm
+from interp_kit.batch.client import PromptManager
 from interp_kit.batch.matrix import expand
 from interp_kit.batch.runner import How, run_cells
 from interp_kit.specs import REPOSITORY, RunSpec
@@ -158,6 +161,32 @@ def test_a_kernel_is_interrupted_goes_on_and_takes_its_children_along(name, kern
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     assert _gone(mark)
+
+
+@pytest.mark.parametrize("name", [warm.WARM, warm.STOCK])
+def test_the_first_output_of_a_kernel_is_heard(name, kernels):
+    notebook = new_notebook(cells=[new_code_cell("print('first')"), new_code_cell("2")])
+    client = NotebookClient(notebook, kernel_name=name, kernel_manager_class=PromptManager)
+    client.execute()
+    assert [c.outputs[0].get("text", "") for c in notebook.cells] == ["first\n", ""]
+    assert notebook.cells[1].outputs[0].data["text/plain"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("code", "complaint"),
+    [("raise SystemExit(3)", "died before it answered"), ("import time; time.sleep(60)", "2 sec")],
+)
+def test_a_kernel_that_never_answers_is_not_waited_for(tmp_path, monkeypatch, code, complaint):
+    spec = {"argv": [sys.executable, "-c", code], "display_name": "", "language": "python"}
+    folder = tmp_path / "kernels" / "mute"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    notebook = new_notebook(cells=[new_code_cell("1")])
+    client = NotebookClient(notebook, kernel_name="mute", kernel_manager_class=PromptManager)
+    client.startup_timeout = 2
+    with pytest.raises(RuntimeError, match=complaint):
+        client.execute()
 
 
 def test_libraries_are_set_up_as_in_a_stock_kernel(study):

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from einops import einsum, rearrange
@@ -184,11 +185,10 @@ def random_direction_control(
         random = random / random.norm(dim=0) * branch.direction.norm(dim=1)[:, None, None]
         pattern = "prompt component d_model, prompt d_model draw -> prompt component draw"
         shares = einsum(normed, random, pattern)
-        tables += [
-            pd.DataFrame({**component.row(prompts[i]), "draw": range(n), "value": own.tolist()})
-            for row, i in enumerate(branch.index)
-            for component, own in zip(components, shares[row])
-        ]
+        rows = [component.row(prompts[i]) for i in branch.index for component in components]
+        table = pd.DataFrame(rows).loc[np.repeat(range(len(rows)), n)]
+        draws = np.tile(range(n), len(rows))
+        tables.append(table.assign(draw=draws, value=shares.flatten().cpu().double().numpy()))
     return pd.concat(tables, ignore_index=True)
 
 

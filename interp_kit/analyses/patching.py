@@ -179,22 +179,23 @@ def attribution_patching(
 def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> float:
     """Largest change of a decision, in nats, when a prompt is patched into itself: should be 0.
 
-    Every head and MLP at all positions, and the residual stream at eight positions in each layer,
-    each on one of the prompts in turn; computed in full, though nothing is known to change: this is
-    the noise floor of patching.
+    Every head and MLP, and the residual stream at eight positions in each layer, each on one of the
+    prompts in turn; from the first position in which prompt and counterfactual differ, as patches
+    between the two, but computed in full: this is the noise floor of patching.
     """
     heads_and_mlps, stream = components(bridge, "component"), components(bridge, "resid_pre")
     units = [(patch, None) for patch in heads_and_mlps]
     units += [(patch, eighth / 8) for eighth in range(8) for patch in stream]
     worst = 0.0
     for i, prompt in enumerate(prompts[: len(units)]):
-        length = len(prompt.branch)
-        rows = [
-            frozenset([patch if at is None else replace(patch, positions=(int(at * length),))])
-            for patch, at in units[i :: len(prompts)]
-        ]
+        start, end = first_difference(prompt), len(prompt.branch)
+        rows = []
+        for patch, at in units[i :: len(prompts)]:
+            one = start if at is None else start + int(at * (end - start))
+            where = range(start, end) if at is None else [one]
+            rows.append(frozenset([replace(patch, positions=tuple(where))]))
         experiment = identity_experiment(bridge, prompt, _places([*heads_and_mlps, *stream]))
-        values = experiment.values(rows, skip=False)
+        values = experiment.values(rows, start=start)
         worst = max(worst, float((values - values[0]).abs().max()))
     return worst
 

@@ -32,6 +32,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from tqdm import tqdm
 
 from interp_kit.batch import warm
+from interp_kit.batch.client import PromptManager
 from interp_kit.batch.matrix import NOTEBOOKS, Cell, content_key
 from interp_kit.reporting.findings import altered_files, sha256
 from interp_kit.reporting.records import dump_json, provenance, write_atomically
@@ -224,6 +225,7 @@ def _attempt(cell: Cell, place: Path, how: How, *, again: bool) -> tuple[dict[st
                 progress_bar=False,
                 request_save_on_cell_execute=again,
                 execution_timeout=how.timeout,
+                kernel_manager_class=PromptManager,
                 shutdown_kernel="immediate",  # nothing is left to save: 2 s less a run
                 extra_arguments=["--IPKernelApp.log_level=40"],  # errors only
             )

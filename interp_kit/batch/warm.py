@@ -5,6 +5,7 @@ kernel. One zygote (``zygote.py``) serves all kernels of the process that asks f
 with it. Where it cannot work (not on Linux), ``default_kernel`` says ``python3``.
 """
 
+import asyncio
 import itertools
 import json
 import os
@@ -137,3 +138,10 @@ class WarmProvisioner(LocalProvisioner):
         self.process: Any = _Forked(self.pid)
         self.pgid = self.pid
         return self.connection_info
+
+    async def kill(self, restart: bool = False) -> None:
+        """Kill the kernel, and see it end: whoever asks next need not ask again."""
+        killed = self.process
+        await super().kill(restart)
+        if killed:
+            await asyncio.to_thread(killed.wait, 5)

@@ -43,7 +43,7 @@ PRELOADED = (
     "plotly.subplots",
     "nbformat.validator",  # by plotly, when it first shows a figure
     "circuitsvis.attention",
-    "pydantic.main",
+    "pydantic.types",
     "yaml",
     "joblib",
     "ipykernel.kernelapp",
@@ -76,14 +76,28 @@ def preload() -> None:
     """Import everything; what is missing is left to the notebook that needs it."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of faster ways it lacks
     show, warnings.showwarning = warnings.showwarning, lambda *_, **__: None
+    gc.disable()  # nearly everything that an import makes stays: looking for garbage takes 2 s of 8
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        _draw()
+    gc.freeze()  # nor does a child look there, which would copy these pages
+    gc.enable()
     warnings.showwarning = show  # what filters the imports have set stays, as in a fresh kernel
     sys.modules["pandas"].set_option("display.max_columns", 20)  # as pandas does in a kernel
     sys.modules["torch"].set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # a collection in the child would otherwise copy these pages
+
+
+def _draw() -> None:
+    """Build a figure: .1 s of what plotly imports and makes with the first one.
+
+    Not shown: how to show one, plotly asks of the process that does.
+    """
+    from plotly import graph_objects as go
+
+    figure = go.Figure([go.Heatmap(), go.Scatter(), go.Bar()]).add_hline(y=0)
+    figure.update_layout(title="", template="plotly").to_plotly_json()
 
 
 def become_kernel(request: dict[str, Any], zygote: int) -> None:
