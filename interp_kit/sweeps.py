@@ -5,7 +5,8 @@ whose decision is wanted. One ordinary hooked forward pass of the model serves m
 
 - Nothing before the first position in which a row's patches change anything is computed again: its
   keys and values come from the recorded target run. Patches that write what is already there change
-  nothing, and are not computed at all.
+  nothing, and are not computed at all. Rows that begin a little later join a pass where that
+  costs less than one of their own.
 - Nothing below a patched layer is computed again: the pass starts with one row, the base, and block
   l appends a copy of it for every row that first differs from it in block l.
 - Rows of few tokens stand as further positions of one sequence under a mask that lets each see the
@@ -301,7 +302,11 @@ class Sweep:
         if self._key is None or not alone:
             return run()  # logits of the whole vocabulary are too many to keep
         key = "patched", self._key, tuple(rows), base, start
-        return once(key, lambda: list(run()), lambda made: sum(part.nbytes for _, part in made))
+        return once(
+            key,
+            lambda: [(order, part.clone()) for order, part in run()],  # no view of the whole pass
+            lambda made: sum(part.nbytes for _, part in made),
+        )
 
     def _chunks(
         self, rows: Sequence[Row], base: Row, start: int | None
