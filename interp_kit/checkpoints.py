@@ -48,7 +48,7 @@ def altered_weights(folder: Path) -> list[str]:
 
 
 def weights_hash(spec: ModelSpec) -> str:
-    """Identity of the weights: of the model's files, or their id, and of how they are stored."""
+    """Of the weights (the model's files, or their snapshot's commit) and how they are stored."""
     parts = [spec.dtype, spec.quantization or ""]
     for place, revision in ((spec.base, spec.revision), (spec.adapter, spec.adapter_revision)):
         folder = Path(place or "")
@@ -56,15 +56,9 @@ def weights_hash(spec: ModelSpec) -> str:
             files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
             parts.append(files_hash(files, folder))
         else:
-            parts.append(f"{place}@{revision}")
+            snapshot = _snapshot(place, revision) if place else None
+            parts.append(f"{place}@{revision}@{snapshot.name if snapshot else ''}")
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def snapshots(spec: ModelSpec) -> list[str]:
-    """The commits of the model's Hugging Face snapshots on this machine; none of local folders."""
-    places = [(spec.base, spec.revision), (spec.adapter, spec.adapter_revision)]
-    folders = [_snapshot(p, revision) for p, revision in places if p and not Path(p).is_dir()]
-    return [folder.name for folder in folders if folder]
 
 
 def files_hash(files: list[Path], root: Path) -> str:

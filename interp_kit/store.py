@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.checkpoints import package_hash, snapshots, weights_hash
+from interp_kit.checkpoints import package_hash, weights_hash
 from interp_kit.specs import InputError, ModelSpec
 
 FOLDER, SIZE = "INTERP_KIT_ACTIVATIONS", "INTERP_KIT_ACTIVATIONS_GIB"
@@ -33,8 +33,8 @@ def name_of(bridge: TransformerBridge, model: ModelSpec | None, *what: object) -
     """The name of what is computed: a hash of the weights, the code, the machine and ``what``.
 
     The numbers of a CPU depend on its instructions and on the threads that share a sum, and so
-    does the name; a model of the Hugging Face cache is told by its snapshot's commit. Empty, a name
-    under which nothing is found or kept, where nobody says whose it is, or where to keep it.
+    does the name. Empty, a name under which nothing is found or kept, where nobody says whose it
+    is, or where to keep it.
     """
     if model is None or _folder() is None:
         return ""
@@ -43,7 +43,7 @@ def name_of(bridge: TransformerBridge, model: ModelSpec | None, *what: object) -
     if device.type == "cuda":
         machine = [torch.cuda.get_device_name(device)]
     code = [package_hash(), *(version(name) for name in COMPUTING)]
-    content = json.dumps([weights_hash(model), snapshots(model), code, device.type, machine, what])
+    content = json.dumps([weights_hash(model), code, device.type, machine, what])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

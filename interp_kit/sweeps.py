@@ -52,15 +52,16 @@ HOOKS: dict[Site, str] = {
     "resid_post": "blocks.{}.hook_resid_post",
 }
 PACKED = 6  # rows of up to so many tokens become positions of one sequence
+PACKED_TOKENS = 512  # of one such sequence: attention in it grows with their square
 CHUNK_TOKENS = {
     "cpu": 2048,
     "cuda": 16384,
     "mps": 4096,
 }  # patched tokens in one pass: enough to keep it busy
 CHUNK_BYTES = 2**30
-# What a device computes while Python calls the modules of one block, some 2.5 ms: of 35 GFLOP/s
-# (measured on one core), and of 40 and 4 TFLOP/s.
-CALL_FLOPS = {"cpu": 1e8, "cuda": 1e11, "mps": 1e10}
+# What calling the modules and hooks of one block costs, in what the device computes meanwhile. On
+# one core this is measured (positions x layers of 8 blocks: best of 0 to 1e8); others are faster.
+CALL_FLOPS = {"cpu": 2e7, "cuda": 2e10, "mps": 2e9}
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -324,7 +325,10 @@ class Sweep:
         layers = self.bridge.cfg.n_layers
         for first, order in _merged(groups, pass_tokens(self.bridge)).items():
             order.sort(key=lambda i: _joins(rows[i], base, layers))
-            size = rows_at_once(self.bridge, suffix=self.target.length - first)
+            length = self.target.length - first
+            size = rows_at_once(self.bridge, suffix=length)
+            if length <= PACKED:
+                size = min(size, PACKED_TOKENS // length)
             yield from ((first, order[i : i + size]) for i in range(0, max(1, len(order)), size))
 
     def _first(self, patches: Iterable[Patch]) -> int | None:
@@ -499,7 +503,7 @@ class Sweep:
 
 
 def pass_tokens(bridge: TransformerBridge) -> int:
-    """How many tokens cost as much as a pass of none: calling the modules and hooks of a block."""
+    """How many tokens cost as much as a pass of none."""
     cfg = bridge.cfg
     weights = cfg.d_model * (4 * cfg.d_model + 3 * (cfg.d_mlp or 4 * cfg.d_model))
     return int(CALL_FLOPS.get(_device(bridge).type, CALL_FLOPS["cpu"]) / (2 * weights))

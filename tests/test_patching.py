@@ -161,14 +161,6 @@ def test_small_chunks_change_nothing(tiny_bridge, positions, monkeypatch):
     )
 
 
-def test_packed_rows_equal_a_batch(tiny_bridge, monkeypatch):
-    prompt = segmented(tiny_bridge)
-    packed = activation_patching(tiny_bridge, [prompt], positions="decision")
-    monkeypatch.setattr("interp_kit.sweeps.PACKED", 0)
-    batch = activation_patching(tiny_bridge, [prompt], positions="decision")
-    assert packed.value.to_numpy() == pytest.approx(batch.value.to_numpy(), abs=1e-5)
-
-
 @pytest.fixture
 def passes(monkeypatch):
     """(first position, rows) of every pass of a sweep."""
@@ -180,6 +172,18 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(sweeps.Sweep, "_pass", counted)
     return made
+
+
+def test_packed_rows_equal_a_batch(tiny_bridge, monkeypatch, passes):
+    prompt = segmented(tiny_bridge)
+    packed = activation_patching(tiny_bridge, [prompt], positions="decision")
+    assert max(rows for _, rows in passes) > 8
+    for name, value in (("PACKED_TOKENS", 8), ("PACKED", 0)):
+        monkeypatch.setattr(sweeps, name, value)
+        passes.clear()
+        other = activation_patching(tiny_bridge, [prompt], positions="decision")
+        assert packed.value.to_numpy() == pytest.approx(other.value.to_numpy(), abs=1e-5)
+        assert (max(rows for _, rows in passes) > 8) == (name == "PACKED")
 
 
 def test_passes_of_few_rows_are_made_together(tiny_bridge, monkeypatch, passes):

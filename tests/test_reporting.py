@@ -75,9 +75,16 @@ def test_rank_correlation_finds_order_and_calls_chance_chance():
 
 
 def test_one_prompt_has_no_interval():
-    row = mean_interval(pd.DataFrame({"prompt": ["a"], "value": [1.0]})).iloc[0]
+    row = mean_interval(pd.DataFrame({"prompt": ["a"], "value": [1.0]}), within=(0.0, 1.0)).iloc[0]
     assert math.isnan(row.low)
     assert math.isnan(row.high)
+
+
+def test_the_interval_of_a_probability_is_one():
+    table = pd.DataFrame({"prompt": list("abc"), "value": [0.9, 1.0, 0.5]})
+    free, bound = mean_interval(table).iloc[0], mean_interval(table, within=(0.0, 1.0)).iloc[0]
+    assert free.high > 1
+    assert (bound.low, bound.high) == (free.low, 1)
 
 
 def test_trajectory_statistics_on_a_curve_that_is_known():

@@ -10,12 +10,18 @@ from scipy import stats
 
 
 def mean_interval(
-    table: pd.DataFrame, by: Sequence[str] = (), *, column: str = "value", confidence: float = 0.95
+    table: pd.DataFrame,
+    by: Sequence[str] = (),
+    *,
+    column: str = "value",
+    confidence: float = 0.95,
+    within: tuple[float, float] = (-np.inf, np.inf),
 ) -> pd.DataFrame:
     """The mean of ``column`` over prompts in each group of ``by``, with Student's t interval.
 
     Prompts are the independent units: rows are averaged within a prompt first. The interval is of
-    the mean over prompts *like these*; with one prompt it is missing.
+    the mean over prompts *like these*; with one prompt it is missing. It ends where values cannot
+    be: ``within`` (0, 1) for probabilities.
 
     Returns the columns of ``by`` and ``value low high n``.
     """
@@ -27,8 +33,8 @@ def mean_interval(
     result = pd.DataFrame(groups.agg(value="mean", spread="std", n="count")).reset_index()
     factor = stats.t.ppf((1 + confidence) / 2, np.maximum(result.n - 1, 1))
     half = np.where(result.n > 1, factor * result.spread / np.sqrt(result.n), np.nan)
-    result = result.assign(low=result.value - half, high=result.value + half)
-    return result.loc[:, [*by, "value", "low", "high", "n"]]
+    low, high = (np.clip(result.value + sign * half, *within) for sign in (-1, 1))
+    return result.assign(low=low, high=high).loc[:, [*by, "value", "low", "high", "n"]]
 
 
 def share_interval(
