@@ -68,14 +68,17 @@ def test_no_path_of_one_machine_is_committed():
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_grid_has_rows_and_columns(file):
-    """A sweep over one position or layer by mistake looks like a result, until one looks."""
+def test_a_grid_has_rows_and_columns_in_order(file):
+    """A sweep over one position by mistake looks like a result, and so do shuffled layers."""
     for cell in nbformat.read(file, 4).cells:
         for output in cell.get("outputs", []):
             figure = output.get("data", {}).get("application/vnd.plotly.v1+json", {"data": []})
             for z in [trace["z"] for trace in figure["data"] if trace["type"] == "heatmap"]:
                 shape = z["shape"].split(",") if isinstance(z, dict) else (len(z), len(z[0]))
                 assert min(int(n) for n in shape) > 1, figure["layout"]["title"]
+                ticks = figure["layout"].get("xaxis", {}).get("ticktext", [])
+                if all(re.fullmatch(r"-?[\d.]+", tick) for tick in ticks):
+                    assert ticks == sorted(ticks, key=float), figure["layout"]["title"]
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)
