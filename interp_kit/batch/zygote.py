@@ -96,10 +96,9 @@ def _use() -> None:
     """
     from plotly import graph_objects as go
     from pydantic import create_model
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     create_model("First")
-    get_checkpoint_conversion_mapping("gemma2")
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")
     figure = go.Figure([go.Heatmap(), go.Scatter(), go.Bar()]).add_hline(y=0)
     figure.update_layout(title="", template="plotly").to_plotly_json()
 
