@@ -100,7 +100,7 @@ def file_system(folder, *options):
 
 # ------------------------------------------------------------------------------------------ kills
 def test_the_runner_is_killed_at_random_moments(study):
-    cells = logged_cells(study, pause=0.1)
+    cells = logged_cells(study, pause=1.0)  # so slow that there is always one to begin
     draws = random.Random(7)
     settled: Counter = Counter()  # executions of the cells that are done
     begun = 0

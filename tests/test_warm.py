@@ -185,8 +185,8 @@ def test_a_kernel_that_never_answers_is_not_waited_for(tmp_path, monkeypatch, co
     notebook = new_notebook(cells=[new_code_cell("1")])
     client = NotebookClient(notebook, kernel_name="mute", kernel_manager_class=PromptManager)
     client.startup_timeout = 2
-    with pytest.raises(RuntimeError, match=complaint):
-        client.execute()
+    with pytest.raises(RuntimeError, match=complaint), client.setup_kernel():
+        pass
 
 
 def test_libraries_are_set_up_as_in_a_stock_kernel(study):
