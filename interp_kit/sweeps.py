@@ -59,8 +59,9 @@ CHUNK_TOKENS = {
     "mps": 4096,
 }  # patched tokens in one pass: enough to keep it busy
 CHUNK_BYTES = 2**30
-# What calling the modules and hooks of one block costs, in what the device computes meanwhile. On
-# one core this is measured (positions x layers of 8 blocks: best of 0 to 1e8); others are faster.
+# What calling the modules and hooks of one block costs, in what the device computes meanwhile:
+# measured on one core (positions x layers of 8 blocks: best of 0 to 1e8), and not on the others,
+# which are taken to be so much faster.
 CALL_FLOPS = {"cpu": 2e7, "cuda": 2e10, "mps": 2e9}
 
 
@@ -323,7 +324,7 @@ class Sweep:
         if base and not groups and (first := self._first(base)) is not None:
             groups[first] = []
         layers = self.bridge.cfg.n_layers
-        for first, order in _merged(groups, pass_tokens(self.bridge)).items():
+        for first, order in _merged(groups, _call_tokens(self.bridge)).items():
             order.sort(key=lambda i: _joins(rows[i], base, layers))
             length = self.target.length - first
             size = rows_at_once(self.bridge, suffix=length)
@@ -502,13 +503,6 @@ class Sweep:
         ]
 
 
-def pass_tokens(bridge: TransformerBridge) -> int:
-    """How many tokens cost as much as a pass of none."""
-    cfg = bridge.cfg
-    weights = cfg.d_model * (4 * cfg.d_model + 3 * (cfg.d_mlp or 4 * cfg.d_model))
-    return int(CALL_FLOPS.get(_device(bridge).type, CALL_FLOPS["cpu"]) / (2 * weights))
-
-
 def rows_at_once(bridge: TransformerBridge, *, suffix: int) -> int:
     """How many rows of ``suffix`` tokens one pass holds."""
     by_memory = CHUNK_BYTES // (suffix * _token_bytes(bridge, suffix))
@@ -603,6 +597,13 @@ class _Tree:
             at = row * length
             whole[..., at : at + length, start + at : start + at + length] = mask[..., start:]
         return whole
+
+
+def _call_tokens(bridge: TransformerBridge) -> int:
+    """How many tokens cost as much as calling the modules and hooks of a pass."""
+    cfg = bridge.cfg
+    weights = cfg.d_model * (4 * cfg.d_model + 3 * (cfg.d_mlp or 4 * cfg.d_model))
+    return int(CALL_FLOPS.get(_device(bridge).type, CALL_FLOPS["cpu"]) / (2 * weights))
 
 
 def _merged(groups: dict[int, list[int]], worth: int) -> dict[int, list[int]]:

@@ -199,7 +199,9 @@ def test_the_lens_names_the_models_own_next_token(tiny_bridge):
 
 
 def test_patching_a_prompt_into_itself_changes_nothing(tiny_bridge):
-    error = max(identity_patch_error(tiny_bridge, [p]) for p in tiny_prompts(tiny_bridge))
+    prompts = tiny_prompts(tiny_bridge)
+    prompts += [replace(p, counterfactual=None) for p in prompts]  # then from the first position
+    error = max(identity_patch_error(tiny_bridge, [p]) for p in prompts)
     print(f"{tiny_bridge.cfg.architecture}: identity patch {error:.1e} nats")
     assert error <= 1e-5
 
