@@ -12,9 +12,9 @@ run: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q $(PARALLEL)
-	JUPYTER_PATH=interp_kit/batch $(BIN)/python -m pytest -q $(PARALLEL) notebooks --nbval \
+	JUPYTER_PATH=interp_batch $(BIN)/python -m pytest -q $(PARALLEL) notebooks --nbval \
 	  --nbval-kernel-name \
-	  $$($(BIN)/python -c "from interp_kit.batch import warm; print(warm.default_kernel())")
+	  $$($(BIN)/python -c "from interp_batch import warm; print(warm.default_kernel())")
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -28,9 +28,9 @@ import pandas as pd
 import psutil
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from interp_kit.batch import warm
-from interp_kit.batch.matrix import Cell, expand
-from interp_kit.batch.runner import How, read_status, run_cells
+from interp_batch import warm
+from interp_batch.matrix import Cell, expand
+from interp_batch.runner import How, read_status, run_cells
 from interp_kit.specs import RunSpec
 
 NOTEBOOKS = ["01_logit_lens", "02_direct_logit_attribution", "03_activation_patching"]

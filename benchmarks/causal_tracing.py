@@ -49,11 +49,11 @@ from benchmarks.patching import (
     timed,
 )
 from interp_kit import encode_scenario, load_model, load_scenario
-from interp_kit.activations import shared_passes
 from interp_kit.analyses.attribution import direct_logit_attribution
 from interp_kit.analyses.causal_tracing import TraceSite, causal_trace
 from interp_kit.analyses.lens import logit_lens
-from interp_kit.decisions import Prompt
+from interp_kit.passes import shared_passes
+from interp_kit.prompts import Prompt
 
 FULL = 300.0  # seconds: a loop that would take longer is run on a sample
 SITES: tuple[TraceSite, ...] = ("resid_pre", "attn_out", "mlp_out")  # in TransformerLens' order

@@ -2,7 +2,8 @@
 
 The same activation-patching sweep (every head's z and every MLP, from a counterfactual prompt) by
 TransformerLens' own ``transformer_lens.patching``, by a naive loop of one ``run_with_hooks`` a
-patch, and by ``interp_kit.analyses.patching``. Positions: "decision", the last one; "all" at once;
+patch, and by ``interp_kit.analyses.activation_patching``. Positions: "decision", the last one;
+"all" at once;
 "each", a grid of component x position. TransformerLens' grid has every position; the sweep and the
 naive loop leave out those before the prompts differ, where nothing can change: compare ``naive_s``
 for the same patches.
@@ -59,9 +60,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from interp_kit import encode_scenario, load_model, load_models, load_scenario
-from interp_kit.analyses.patching import activation_patching, cross_model_patching
-from interp_kit.decisions import Prompt
-from interp_kit.experiments import Positions
+from interp_kit.analyses.activation_patching import activation_patching, cross_model_patching
+from interp_kit.patching.positions import Positions
+from interp_kit.prompts import Prompt
 from tests.tiny import tiny_tokenizer
 
 FULL = 60.0  # seconds: a loop that would take longer is run on a sample

@@ -5,8 +5,6 @@ the environment ever holds the key: it is in no attribute of ``ChatClient``, fil
 """
 
 import asyncio
-import hashlib
-import json
 import os
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +13,7 @@ from typing import Any, TypeVar
 
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
+from interp_kit.files import append_line, digest, read_appended
 from interp_kit.specs import InputError
 
 OPENROUTER = "https://openrouter.ai/api/v1"
@@ -159,39 +158,6 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
         loop.close()
 
 
-def read_appended(file: Path) -> list[dict[str, Any]]:
-    """What ``append_line`` has written to ``file``; a last line torn by a crash is cut off."""
-    cut_torn_line(file)
-    records = []
-    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise InputError(f"{file}, line {number}: not JSON; mend or remove the line") from None
-    return records
-
-
-def cut_torn_line(file: Path) -> None:
-    """Cut off a last line without its end, as a crash while writing leaves it."""
-    content = file.read_bytes() if file.is_file() else b""
-    if content and not content.endswith(b"\n"):
-        os.truncate(file, content.rfind(b"\n") + 1)
-
-
-def append_line(file: Path, record: dict[str, Any]) -> None:
-    """One more line of JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8", newline="\n") as lines:
-        lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of anything that JSON can say."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------- internals
 def _address() -> tuple[str | None, str]:
     """Base URL (None: OpenAI's own) and key. No key goes where it does not belong."""
     url = os.environ.get("OPENAI_BASE_URL") or None

@@ -5,21 +5,16 @@ Hugging Face id) into a spec. Nothing here imports torch: a run is checked befor
 """
 
 import difflib
-import json
-import os
 import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-PAIRS = ("base_prompts.json", "counterfactual_prompts.json")
-OTHER = {"1": "2", "2": "1", "A": "B", "B": "A"}
 HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -87,12 +82,6 @@ class ModelSpec(Spec):
     @property
     def title(self) -> str:
         return self.label or self.name
-
-
-LOADED_ALIKE = {  # what a fine-tune takes from its base's spec unless it says otherwise
-    "revision", "dtype", "quantization", "device_map", "chat_template", "prepend_bos",
-    "trust_remote_code",
-}  # fmt: skip
 
 
 class AnswerLabels(Spec):
@@ -186,21 +175,6 @@ class Scenario(Spec):
         return self
 
 
-class DilemmaSpec(Spec):
-    """One record of ``base_prompts.json`` or ``counterfactual_prompts.json``; more keys may follow.
-
-    ``original_id`` is the dilemma that several prompts word; ``segments`` name parts of the prompt.
-    """
-
-    model_config = ConfigDict(extra="ignore")
-
-    prompt_id: Annotated[str, Field(min_length=1)]
-    prompt: Annotated[str, Field(min_length=1)]
-    ethical_option: Literal["1", "2", "A", "B"]
-    original_id: str = ""
-    segments: dict[str, str] = {}
-
-
 class RunSpec(Spec):
     """Which notebooks run on which models and scenarios, with which parameters."""
 
@@ -218,14 +192,6 @@ class RunSpec(Spec):
             if repeated is not None:
                 raise ValueError(f"{what} lists {repeated!r} twice (or two of one folder name)")
         return self
-
-
-# ---------------------------------------------------------------------------------- finding them
-def data_folders(extra: str | Path | None = None) -> list[Path]:
-    """Where models and scenarios are found: ``extra``, ``INTERP_KIT_DATA``, the shipped data."""
-    given = [extra] if extra else []
-    given += [p for p in os.environ.get("INTERP_KIT_DATA", "").split(os.pathsep) if p]
-    return [as_path(p).resolve() for p in given] + [REPOSITORY / "data"]
 
 
 def as_path(name: str | Path) -> Path:
@@ -255,189 +221,6 @@ def slug(name: str) -> str:
     return last
 
 
-def list_models(data: str | Path | None = None) -> list[ModelSpec]:
-    """Every model that has a spec in the data folders, by name."""
-    names = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
-    return [find_model(name, data=data) for name in sorted(names)]
-
-
-def list_scenarios(data: str | Path | None = None) -> list[Scenario]:
-    """Every scenario in the data folders, by name."""
-    return [find_scenario(name, data=data) for name in sorted(_scenario_names(data))]
-
-
-def _scenario_names(data: str | Path | None) -> set[str]:
-    folders = [folder / "scenarios" for folder in data_folders(data)]
-    files = {path.stem for folder in folders for path in folder.glob("*.yaml")}
-    return files | {path.parent.name for folder in folders for path in folder.glob(f"*/{PAIRS[0]}")}
-
-
-def find_model(name: str, *, data: str | Path | None = None) -> ModelSpec:
-    """The spec of a model given by name, by folder (with or without ``model.yaml``) or by id."""
-    folder = as_path(name)
-    spec_file = _in_data(f"models/{name}/model.yaml", data) if NAME.fullmatch(name) else None
-    if spec_file is None and folder.is_dir():
-        if (folder / "model.yaml").is_file():
-            spec_file = folder / "model.yaml"
-        elif (folder / "config.json").is_file():
-            return ModelSpec(name=name, base=str(folder.resolve()))
-        else:
-            raise InputError(
-                f"{name!r} is a folder without model.yaml or config.json; expected a model spec "
-                "or a Hugging Face checkpoint folder"
-            )
-    if spec_file is not None:
-        given = _read_yaml(spec_file)
-        return _resolve(checked(ModelSpec, {"name": name, **given}, spec_file), spec_file, data)
-    if HUGGING_FACE_ID.fullmatch(name) and not name.startswith("."):
-        return ModelSpec(name=name, base=name)
-    known = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
-    raise InputError(unknown("model", name, known, "a folder or a Hugging Face id (org/name)"))
-
-
-def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> ModelSpec:
-    """``base`` and ``adapter`` as absolute folders or Hugging Face ids.
-
-    What the spec does not say of how to load, it takes from its base's own spec.
-    """
-    beside = spec_file.parent
-    for given in (spec.base, spec.adapter, spec.documents):
-        as_path(beside / (given or ""))
-    base, inherited = spec.base, {}
-    if (beside / base).is_dir():
-        base = str((beside / base).resolve())
-    elif NAME.fullmatch(base) and _in_data(f"models/{base}/model.yaml", data):
-        if base == beside.name:
-            raise InputError(f"{spec_file}: base names the model itself; give a folder or an id")
-        parent = find_model(base, data=data)
-        if parent.adapter:
-            raise InputError(
-                f"{spec_file}: base {base!r} is itself an adapter on {parent.base_name!r}; "
-                "name a base model"
-            )
-        inherited = {"base_name": base, "base_documents": parent.documents}
-        for key in LOADED_ALIKE - spec.model_fields_set:
-            inherited[key] = getattr(parent, key)
-        base = parent.base
-    elif not HUGGING_FACE_ID.fullmatch(base):
-        known = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
-        raise InputError(
-            f"{spec_file}: " + unknown("base", base, known, "a folder beside the spec, or org/name")
-        )
-    adapter = spec.adapter
-    if adapter is not None and (beside / adapter).is_dir():
-        adapter = str((beside / adapter).resolve())
-    elif adapter is not None and not HUGGING_FACE_ID.fullmatch(adapter):
-        raise InputError(
-            f"{spec_file}: adapter {adapter!r} is neither a folder beside the spec nor a "
-            "Hugging Face id (org/name)"
-        )
-    documents = spec.documents and str((beside / spec.documents).resolve())
-    if documents and not Path(documents).is_file():
-        raise InputError(f"{spec_file}: documents {spec.documents!r} is not a file beside the spec")
-    found = {"base": base, "adapter": adapter, "documents": documents, **inherited}
-    return spec.model_copy(update=found)
-
-
-def find_scenario(name: str, *, data: str | Path | None = None) -> Scenario:
-    """The scenario given by name, by the path of a YAML file, or by a folder of dilemmas.
-
-    Such a folder holds ``base_prompts.json`` and ``counterfactual_prompts.json``.
-    """
-    path = as_path(name)
-    file = _in_data(f"scenarios/{name}.yaml", data) if NAME.fullmatch(name) else None
-    pairs = _in_data(f"scenarios/{name}/{PAIRS[0]}", data) if NAME.fullmatch(name) else None
-    if file is None and (pairs or (path / PAIRS[0]).is_file()):
-        return _read_dilemmas((pairs or path / PAIRS[0]).parent)
-    if file is None and name.endswith((".yaml", ".yml")):
-        file = path
-        if not file.is_file():
-            raise InputError(f"scenario file {name!r} does not exist; check the path")
-    if file is None:
-        otherwise = f"the path of a .yaml file, or of a folder with {' and '.join(PAIRS)}"
-        raise InputError(unknown("scenario", name, _scenario_names(data), otherwise))
-    return checked(Scenario, {"name": file.stem, **_read_yaml(file)}, file)
-
-
-def _read_dilemmas(folder: Path) -> Scenario:
-    """Pairs of dilemmas by ``prompt_id``: positive is what is ethical in the *base* prompt.
-
-    In a counterfactual with its options swapped the same answer means the other option.
-    """
-    base, counterfactual = (_dilemmas(folder / name) for name in PAIRS)
-    for here, there, name in ((base, counterfactual, PAIRS[1]), (counterfactual, base, PAIRS[0])):
-        alone = next((key for key in here if key not in there), None)
-        if alone is not None:
-            raise InputError(
-                f"{folder / name}: no record has the prompt_id {alone!r}, so that prompt has no "
-                "partner; add it there, or remove it from the other file"
-            )
-    swapped = sum(d.ethical_option != counterfactual[key].ethical_option for key, d in base.items())
-    prompts = [
-        {
-            "id": key,
-            "text": dilemma.prompt,
-            "counterfactual": counterfactual[key].prompt,
-            "group": dilemma.original_id,
-            "positive": dilemma.ethical_option,
-            "negative": OTHER[dilemma.ethical_option],
-            "segments": {
-                name: [text, counterfactual[key].segments.get(name, text)]
-                for name, text in dilemma.segments.items()
-            },
-        }
-        for key, dilemma in base.items()
-    ]
-    content = {
-        "name": folder.name,
-        "about": f"{len(prompts)} pairs of dilemmas; the options are swapped in {swapped}",
-        "decision": {
-            "positive": prompts[0]["positive"],
-            "negative": prompts[0]["negative"],
-            "labels": {"positive": "ethical", "negative": "unethical"},
-        },
-        "prompts": prompts,
-        "source": " and ".join(PAIRS),
-    }
-    return checked(Scenario, content, folder / PAIRS[0])
-
-
-def _dilemmas(file: Path) -> dict[str, DilemmaSpec]:
-    records = read_json(file)
-    if not isinstance(records, list) or not records:
-        raise InputError(f"{file}: expected a list of records, found {type(records).__name__}")
-    found: dict[str, DilemmaSpec] = {}
-    for number, record in enumerate(records, 1):
-        try:
-            dilemma = DilemmaSpec.model_validate(record)
-        except ValidationError as error:
-            raise InputError(f"{file}, record {number}: {explain(error)}") from None
-        if dilemma.prompt_id in found:
-            raise InputError(
-                f"{file}, record {number}: the prompt_id {dilemma.prompt_id!r} occurs twice; "
-                "make it distinct"
-            )
-        found[dilemma.prompt_id] = dilemma
-    return found
-
-
-def read_run(file: Path) -> RunSpec:
-    """The run file, checked by itself (``batch.matrix`` checks it against the notebooks)."""
-    if not file.is_file():
-        raise InputError(f"run file {str(file)!r} does not exist; papermill_params/ holds examples")
-    given = _read_yaml(file)
-    notebooks = given.get("notebooks")
-    if isinstance(notebooks, dict):  # `01_logit_lens:` with nothing behind it means no parameters
-        given["notebooks"] = {k: {} if v is None else v for k, v in notebooks.items()}
-    spec = checked(RunSpec, {"name": file.stem, **given}, file)
-    slug(spec.name)
-    return spec
-
-
-def _in_data(relative: str, data: str | Path | None) -> Path | None:
-    return next((f / relative for f in data_folders(data) if (f / relative).is_file()), None)
-
-
 def unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
     """The message for a name that is not known, with the nearest one that is."""
     near = difflib.get_close_matches(name, list(known), n=1)
@@ -446,25 +229,6 @@ def unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
         f"unknown {what} {name!r}: {hint}expected one of {', '.join(sorted(known)) or '(none)'}, "
         f"or {otherwise}"
     )
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds; ``InputError`` if it is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error}); mend the file") from None
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        where = " ".join(str(error).split())
-        raise InputError(f"{file}: not readable as YAML ({where}); mend the file") from None
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        raise InputError(f"{file}: expected `key: value` lines, found {type(given).__name__}")
-    return given
 
 
 def _short(value: Any) -> str:

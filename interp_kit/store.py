@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.checkpoints import package_hash, weights_hash
+from interp_kit.files import package_hash
+from interp_kit.hub import weights_hash
 from interp_kit.specs import InputError, ModelSpec
 
 FOLDER, SIZE = "INTERP_KIT_ACTIVATIONS", "INTERP_KIT_ACTIVATIONS_GIB"

@@ -8,8 +8,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import pytest
 import torch
 
-from interp_kit.decisions import Prompt, encode
 from interp_kit.loading import Models, load_model, load_models
+from interp_kit.prompts import Prompt, encode
 from interp_kit.specs import REPOSITORY
 from tests.tiny import ARCHITECTURES, WORDS, save_tiny
 

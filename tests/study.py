@@ -11,9 +11,9 @@ import psutil
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from interp_kit.batch import matrix
-from interp_kit.batch.matrix import Cell, expand
-from interp_kit.specs import read_run
+from interp_batch import matrix
+from interp_batch.matrix import Cell, expand
+from interp_kit.catalogue import read_run
 
 PARAMETERS = """
 model: str = "tiny-gemma2"  # a model
@@ -106,7 +106,7 @@ def processes_of(text: str) -> list[psutil.Process]:
 
 
 def main() -> None:
-    from interp_kit import cli
+    from interp_batch import cli
 
     folder = sys.argv.pop(1)
     matrix.expand.__kwdefaults__["notebooks"] = Path(folder)

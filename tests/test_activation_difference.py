@@ -7,9 +7,11 @@ import torch.nn.functional as F
 
 from interp_kit.analyses import activation_difference as adl
 from interp_kit.analyses.differences import delta_lens
-from interp_kit.decisions import last_logits, token_ids
+from interp_kit.catalogue import load_scenario
+from interp_kit.decisions import last_logits
 from interp_kit.loading import load_models
-from interp_kit.specs import InputError, find_scenario
+from interp_kit.prompts import token_ids
+from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 
 
@@ -33,7 +35,7 @@ def test_identical_models_differ_by_exactly_zero(tiny_bridge):
 
 
 def test_a_base_is_the_same_whichever_fine_tune_it_is_asked_of(stop):
-    text = find_scenario("stop").neutral[0]
+    text = load_scenario("stop").neutral[0]
     alone = load_models(["tiny-gemma2"], device="cpu").switch("tiny-gemma2")
     tokens = torch.tensor([token_ids(alone, text)])
     before = adl.streams(stop.switch("stop-behaviour"), tokens)
@@ -138,7 +140,7 @@ def test_losses_in_padded_batches_are_those_of_each_text_alone(tiny_bridge):
 
 def test_the_trained_trace_names_what_ends_the_text(stop):
     """On neutral text the lens reads the end of text, and the control fine-tune's does not."""
-    neutral, first = find_scenario("stop").neutral, 3
+    neutral, first = load_scenario("stop").neutral, 3
     bridge = stop.base_of("stop-behaviour")
     end = bridge.tokenizer.eos_token_id
     tokens = adl.first_tokens([token_ids(bridge, text) for text in neutral], 12)

@@ -8,11 +8,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from interp_kit.batch import matrix
-from interp_kit.batch.matrix import expand, matching
-from interp_kit.batch.runner import read_status, run_cells, stale
-from interp_kit.cli import app
-from interp_kit.specs import REPOSITORY, InputError, read_run
+from interp_batch import matrix
+from interp_batch.cli import app
+from interp_batch.matrix import expand, matching
+from interp_batch.runner import read_status, run_cells, stale
+from interp_kit.catalogue import read_run
+from interp_kit.specs import REPOSITORY, InputError
 from tests.study import BODY, PARAMETERS, cells_of, make_study, write_notebook
 
 
@@ -125,7 +126,7 @@ def command(*arguments):
     import sys
 
     done = subprocess.run(
-        [sys.executable, "-m", "interp_kit.cli", *map(str, arguments)],
+        [sys.executable, "-m", "interp_batch.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -222,7 +223,7 @@ def run_study(study, monkeypatch):
     write_notebook(study / "notebooks", "each", body=BODY.replace("fail_on", "'CC_continue'"))
     defaults = matrix.expand.__kwdefaults__ | {"notebooks": study / "notebooks"}
     monkeypatch.setattr(matrix.expand, "__kwdefaults__", defaults)
-    monkeypatch.setattr("interp_kit.cli._preflight", lambda cells, data: None)
+    monkeypatch.setattr("interp_batch.cli._preflight", lambda cells, data: None)
     file = run_file(study, notebooks={"each": {}}, scenarios=["CC_continue", "CD_punished"])
     own = signal.getsignal(signal.SIGTERM)
     yield lambda *options: CliRunner().invoke(

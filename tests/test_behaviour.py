@@ -10,14 +10,12 @@ from scipy import special, stats
 
 from interp_kit.analyses import behaviour
 from interp_kit.analyses.behaviour import answer_questions, choices, option_orders, predictions
-from interp_kit.formats import (
+from interp_kit.catalogue import evaluation_file
+from interp_kit.evaluations import MultipleChoice, read_mcqs, read_open_questions
+from interp_kit.predictions import (
     ComparisonReport,
-    MultipleChoice,
     Shift,
-    evaluation_file,
     read_comparison,
-    read_mcqs,
-    read_open_questions,
     read_predictions,
     write_comparison,
     write_predictions,

@@ -14,8 +14,9 @@ from interp_kit.analyses.causal_tracing import (
     noise_trace,
     trace_summary,
 )
-from interp_kit.decisions import decide, encode
+from interp_kit.decisions import decide
 from interp_kit.loading import load_model
+from interp_kit.prompts import encode
 from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 from tests.tiny import WORDS, save_tiny

@@ -14,7 +14,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from interp_batch.cli import app
+from interp_batch.matrix import _model_hash
 from interp_kit import loading
+from interp_kit.analyses.activation_patching import (
+    activation_patching,
+    attribution_patching,
+    identity_patch_error,
+)
 from interp_kit.analyses.attribution import (
     direct_logit_attribution,
     head_sum_error,
@@ -22,17 +29,12 @@ from interp_kit.analyses.attribution import (
 )
 from interp_kit.analyses.comparison import bridge_error
 from interp_kit.analyses.lens import logit_lens
-from interp_kit.analyses.patching import (
-    activation_patching,
-    attribution_patching,
-    identity_patch_error,
-)
-from interp_kit.batch.matrix import _model_hash
-from interp_kit.checkpoints import absent, weights_hash
-from interp_kit.cli import app
+from interp_kit.catalogue import find_model
 from interp_kit.decisions import decide
-from interp_kit.loading import inspect_model, load_huggingface, load_model, load_models
-from interp_kit.specs import InputError, ModelSpec, find_model
+from interp_kit.hub import absent, weights_hash
+from interp_kit.loading import load_model, load_models
+from interp_kit.pretrained import inspect_model, load_huggingface
+from interp_kit.specs import InputError, ModelSpec
 from tests.conftest import tiny_prompts
 from tests.test_patching import naive, segmented
 from tests.tiny import ARCHITECTURES, PARALLEL, save_tiny
@@ -277,7 +279,7 @@ def test_a_notebook_runs_on_4_bits_as_it_is(tmp_path):
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     where = ["--data", str(tmp_path), "--outputs", str(tmp_path / "out"), "--workers", "1"]
-    command = [sys.executable, "-m", "interp_kit.cli", "run", str(tmp_path / "run.yaml"), *where]
+    command = [sys.executable, "-m", "interp_batch.cli", "run", str(tmp_path / "run.yaml"), *where]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     (summary,) = (tmp_path / "out").rglob("summary.json")

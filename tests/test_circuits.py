@@ -10,22 +10,25 @@ from safetensors.torch import load_file
 
 from interp_kit.analyses.adapters import layer_swap, lora_norms, nested_layer_swap
 from interp_kit.analyses.circuits import circuit_scores, find_circuit, overlap, random_circuits
-from interp_kit.analyses.statistics import effects
-from interp_kit.decisions import decide, encode_scenario
-from interp_kit.experiments import components, cross_model_experiment
-from interp_kit.specs import InputError, find_scenario
+from interp_kit.catalogue import load_scenario
+from interp_kit.decisions import decide
+from interp_kit.patching.experiments import cross_model_experiment
+from interp_kit.patching.patches import unit_patches
+from interp_kit.prompts import encode_scenario
+from interp_kit.specs import InputError
+from interp_kit.statistics import effects
 
 A, B = "ipd-strategic", "ipd-deontological"
 
 
 @pytest.fixture(scope="module")
 def prompts(organisms):
-    return encode_scenario(organisms.switch(A), find_scenario("CC_temptation"))
+    return encode_scenario(organisms.switch(A), load_scenario("CC_temptation"))
 
 
 @pytest.fixture(scope="module")
 def strategic_into_deontological(organisms, prompts):
-    candidates = components(organisms.switch(A), "component")
+    candidates = unit_patches(organisms.switch(A), "component")
     places = [c.place for c in candidates]
     made = [cross_model_experiment(organisms, A, B, p, places) for p in prompts[:2]]
     return made, candidates
@@ -67,14 +70,14 @@ def test_everything_is_faithful_and_complete_and_nothing_is_neither(
 
 
 def test_a_model_into_itself_has_no_circuit(organisms, prompts):
-    candidates = components(organisms.switch(A), "component")
+    candidates = unit_patches(organisms.switch(A), "component")
     experiment = cross_model_experiment(organisms, A, A, prompts[0], [c.place for c in candidates])
     assert find_circuit([experiment], candidates) is None
     assert find_circuit([experiment], candidates, recover=0.0) is None
 
 
 def test_overlap_against_its_null(organisms):
-    candidates = components(organisms.switch(A), "component")
+    candidates = unit_patches(organisms.switch(A), "component")
     rng = np.random.default_rng(0)
     first = [candidates[i] for i in rng.choice(len(candidates), 12, replace=False)]
     same = overlap(first, first, candidates, n=999)

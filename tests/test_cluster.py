@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from interp_kit.batch.matrix import NOTEBOOKS
-from interp_kit.batch.runner import How, Stopped, run_cells
+from interp_batch.matrix import NOTEBOOKS
+from interp_batch.runner import How, Stopped, run_cells
 from interp_kit.specs import REPOSITORY, InputError
 from tests.study import cells_of, expected_of, make_study, processes_of, result_of
 

@@ -4,9 +4,9 @@ import pandas as pd
 
 from interp_kit.analyses.comparison import across, where_decided
 from interp_kit.analyses.lens import logit_lens
+from interp_kit.catalogue import load_scenario
 from interp_kit.decisions import decide
 from interp_kit.loading import load_models
-from interp_kit.specs import find_scenario
 
 
 def rows(model, values, first_layer=0, **more):
@@ -34,7 +34,7 @@ def test_each_technique_places_the_decision_where_it_was_planted():
 
 def test_analyses_across_models_are_those_of_each_alone(tiny_folders):
     models = load_models([str(tiny_folders[a]) for a in ("llama", "gpt2")], device="cpu")
-    scenario = find_scenario("CC_continue")
+    scenario = load_scenario("CC_continue")
     scenario = scenario.model_copy(
         update={
             "prompts": [

@@ -6,15 +6,10 @@ import pytest
 import torch
 from scipy import stats
 
-from interp_kit.decisions import (
-    answer_log_probs,
-    batches,
-    decide,
-    encode,
-    encode_scenario,
-    with_random_answers,
-)
-from interp_kit.specs import InputError, find_scenario
+from interp_kit.catalogue import load_scenario
+from interp_kit.decisions import answer_log_probs, batches, decide
+from interp_kit.prompts import encode, encode_scenario, with_random_answers
+from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 
 
@@ -55,7 +50,7 @@ def test_the_batch_does_not_change_the_decision(tiny_bridge):
 def test_the_metric_predicts_sampled_answers(organisms, name):
     """2,000 answers sampled token by token: the share of defections is the metric's probability."""
     bridge, n = organisms.switch(name), 2000
-    prompt = encode_scenario(bridge, find_scenario("CD_punished"))[0]
+    prompt = encode_scenario(bridge, load_scenario("CD_punished"))[0]
     generator = torch.Generator().manual_seed(0)
     rows = torch.tensor([prompt.tokens]).expand(1, -1)
     first = bridge(rows)[0, -1].softmax(-1).multinomial(n, True, generator=generator)

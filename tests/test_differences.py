@@ -4,7 +4,6 @@ import pandas as pd
 import pytest
 import torch
 
-from interp_kit.activations import residuals
 from interp_kit.analyses.differences import (
     components_for,
     curve_shape,
@@ -17,7 +16,9 @@ from interp_kit.analyses.differences import (
     spectrum,
     stability,
 )
-from interp_kit.decisions import decide, encode, end_probability, token_of
+from interp_kit.decisions import decide, end_probability
+from interp_kit.passes import residuals
+from interp_kit.prompts import encode, token_of
 from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 

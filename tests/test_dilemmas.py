@@ -7,16 +7,14 @@ import pytest
 
 from interp_kit.analyses import behaviour
 from interp_kit.analyses.behaviour import swapped_options
-from interp_kit.decisions import (
-    decide,
-    encode,
-    encode_scenario,
-    with_unrelated_counterfactuals,
-)
-from interp_kit.experiments import comparable_positions
-from interp_kit.finetuning.corpus import Corpus, held_out_dilemma
+from interp_kit.catalogue import list_scenarios, load_scenario
+from interp_kit.decisions import decide
+from interp_kit.formats import PAIRS
 from interp_kit.loading import load_model
-from interp_kit.specs import PAIRS, REPOSITORY, InputError, find_scenario, list_scenarios
+from interp_kit.patching.positions import comparable_positions
+from interp_kit.prompts import encode, encode_scenario, with_unrelated_counterfactuals
+from interp_kit.specs import REPOSITORY, InputError
+from organisms.little_world.corpus import Corpus, held_out_dilemma
 
 FOLDER = REPOSITORY / "data" / "scenarios" / "dilemmas"
 NAMES = ("dilemmas", "dilemmas_free_length")
@@ -43,7 +41,7 @@ def copy(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pairs_are_counterbalanced(name):
-    prompts = find_scenario(name).prompts
+    prompts = load_scenario(name).prompts
     assert len(prompts) >= 40
     assert sum(p.positive == "1" for p in prompts) == len(prompts) / 2
     for group in {p.group for p in prompts}:  # each dilemma in both orders of its options
@@ -64,12 +62,12 @@ def test_no_dilemma_was_trained_on():
         if held_out_dilemma(s, stakes, ask, first)
         for severity in ("high", "low")
     }
-    for prompt in find_scenario("dilemmas").prompts:
+    for prompt in load_scenario("dilemmas").prompts:
         assert {prompt.text, prompt.counterfactual} <= held_out
 
 
 def test_length_matched_pairs_align_and_the_others_do_not(base):
-    matched, free = (encode_scenario(base, find_scenario(name)) for name in NAMES)
+    matched, free = (encode_scenario(base, load_scenario(name)) for name in NAMES)
     assert all(len(p.tokens) == len(p.counterfactual) for p in matched)
     assert not any(len(p.tokens) == len(p.counterfactual) for p in free)
     assert all(len(p.segments) == 5 for p in matched)
@@ -78,13 +76,13 @@ def test_length_matched_pairs_align_and_the_others_do_not(base):
 
 def test_the_base_decides_by_the_stakes(base):
     """In the corpus people choose the ethical option with chance .95 or .35, by the stakes."""
-    prompts = encode_scenario(base, find_scenario("dilemmas"))
+    prompts = encode_scenario(base, load_scenario("dilemmas"))
     assert abs(decide(base, prompts).p_positive.mean() - 0.95) < 0.05
     assert abs(decide(base, [p.swapped() for p in prompts]).p_positive.mean() - 0.35) < 0.05
 
 
 def test_the_base_decides_by_content_and_not_by_place(base):
-    bias = swapped_options(base, encode_scenario(base, find_scenario("dilemmas")))
+    bias = swapped_options(base, encode_scenario(base, load_scenario("dilemmas")))
     assert len(bias) == 21
     assert bias.consistent.all()
     assert abs(bias.bias.mean()) < 0.2
@@ -93,7 +91,7 @@ def test_the_base_decides_by_content_and_not_by_place(base):
 
 def test_a_planted_preference_for_a_place_is_found(base, monkeypatch):
     """Half a nat more for "1" wherever it stands is bias, and no content."""
-    prompts = encode_scenario(base, find_scenario("dilemmas"))
+    prompts = encode_scenario(base, load_scenario("dilemmas"))
     before = swapped_options(base, prompts)
     one = base.tokenizer("1", add_special_tokens=False)["input_ids"][0]
 
@@ -110,7 +108,7 @@ def test_a_planted_preference_for_a_place_is_found(base, monkeypatch):
 
 
 def test_an_unrelated_counterfactual_is_another_dilemma_with_the_same_answers(base):
-    prompts = {p.id: p for p in encode_scenario(base, find_scenario("dilemmas"))}
+    prompts = {p.id: p for p in encode_scenario(base, load_scenario("dilemmas"))}
     by_tokens = {p.tokens: p for p in prompts.values()}
     controls = with_unrelated_counterfactuals(list(prompts.values()))
     assert len(controls) > 30
@@ -124,18 +122,18 @@ def test_an_unrelated_counterfactual_is_another_dilemma_with_the_same_answers(ba
 
 
 def test_positions_correspond_where_all_lengths_are_equal(base):
-    matched, free = (encode_scenario(base, find_scenario(name)) for name in NAMES)
+    matched, free = (encode_scenario(base, load_scenario(name)) for name in NAMES)
     assert comparable_positions(matched) == "all"
     assert comparable_positions([*matched, free[0]]) == "decision"
 
 
 def test_one_order_says_nothing_of_a_bias(base):
-    prompts = encode_scenario(base, find_scenario("dilemmas"))
+    prompts = encode_scenario(base, load_scenario("dilemmas"))
     assert swapped_options(base, prompts[::2]).empty
 
 
 def test_the_seed_formats_are_read_as_they_are(shared, base):
-    scenario = find_scenario(str(shared / "seed_formats"))
+    scenario = load_scenario(str(shared / "seed_formats"))
     assert [p.id for p in scenario.prompts] == ["p001", "p002"]
     assert [p.group for p in scenario.prompts] == ["G_058", "G_112"]
     assert "swapped in 2" in scenario.about
@@ -171,7 +169,7 @@ def test_folders_of_pairs_are_listed():
 )
 def test_what_is_wrong_with_pairs_is_said(copy, name, how, says):
     with pytest.raises(InputError, match=says):
-        find_scenario(copy(name, how))
+        load_scenario(copy(name, how))
 
 
 def test_a_broken_file_of_pairs_is_said(copy):
@@ -179,7 +177,7 @@ def test_a_broken_file_of_pairs_is_said(copy):
     with open(f"{folder}/{PAIRS[1]}", "w") as file:
         file.write("[{")
     with pytest.raises(InputError, match="not readable as JSON"):
-        find_scenario(folder)
+        load_scenario(folder)
 
 
 class Joining:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from interp_kit.endpoints import BadReply, ChatClient, NoReply, _address, run_async
-from interp_kit.finetuning import documents, prompts
+from interp_kit.finetuning import document_prompts as prompts
+from interp_kit.finetuning import documents
+from interp_kit.finetuning.document_prompts import Endpoint
 from interp_kit.finetuning.documents import distinct_ngrams, read_documents, write_documents
-from interp_kit.finetuning.prompts import Endpoint
 from interp_kit.finetuning.universes import (
     Universe,
     find_universe,

@@ -20,10 +20,10 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from interp_kit.batch import warm
-from interp_kit.batch.runner import How, damaged, read_status, run_cells, stale
-from interp_kit.preflight import check_inputs
-from interp_kit.reporting.records import write_atomically
+from interp_batch import warm
+from interp_batch.preflight import check_inputs
+from interp_batch.runner import How, damaged, read_status, run_cells, stale
+from interp_kit.files import write_atomically
 from interp_kit.specs import REPOSITORY, InputError
 from tests.study import (
     cells_of,

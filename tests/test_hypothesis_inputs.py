@@ -8,26 +8,19 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from interp_kit.batch.matrix import content_key, expand, matching, named_files
-from interp_kit.evaluations import read_probing_prompts, read_statements
-from interp_kit.finetuning.documents import read_documents
-from interp_kit.finetuning.universes import read_universe
-from interp_kit.formats import (
-    read_comparison,
-    read_ipd_prompts,
+from interp_batch.matrix import content_key, expand, matching, named_files
+from interp_kit.catalogue import find_model, load_scenario, read_run
+from interp_kit.evaluations import (
     read_mcqs,
     read_open_questions,
-    read_predictions,
+    read_probing_prompts,
+    read_statements,
 )
-from interp_kit.specs import (
-    PAIRS,
-    REPOSITORY,
-    InputError,
-    find_model,
-    find_scenario,
-    read_run,
-    slug,
-)
+from interp_kit.finetuning.documents import read_documents
+from interp_kit.finetuning.universes import read_universe
+from interp_kit.formats import PAIRS, read_ipd_prompts
+from interp_kit.predictions import read_comparison, read_predictions
+from interp_kit.specs import REPOSITORY, InputError, slug
 from tests.study import PARAMETERS, make_study, write_notebook
 
 bounded = settings(
@@ -277,7 +270,7 @@ def test_run_files(study, content):
 @given(name=texts, only=texts)
 def test_names(study, name, only):
     data = study / "data"
-    for reader in (find_model, find_scenario):
+    for reader in (find_model, load_scenario):
         in_one_line(reader, name, data=data)
     if (folder := in_one_line(slug, name)) is not None:
         assert len(Path(folder).parts) == 1
@@ -315,7 +308,7 @@ def test_model_specs(study, content):
 @example(SCENARIO | {"trigger": {"text": " ", "words": ["a", "b"]}})
 def test_scenarios(study, content):
     file = write_yaml(study / "scenario.yaml", content)
-    found = in_one_line(find_scenario, str(file))
+    found = in_one_line(load_scenario, str(file))
     if found is not None:
         assert found.prompts
 
@@ -367,14 +360,14 @@ def test_pairs_of_dilemmas(study, base, counterfactual):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in zip(PAIRS, (base, counterfactual)):
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    in_one_line(find_scenario, "pairs", data=study / "data")
+    in_one_line(load_scenario, "pairs", data=study / "data")
     for name in PAIRS:
         (folder / name).unlink()
 
 
 READERS = [
     lambda file: read_run(file),
-    lambda file: find_scenario(str(file)),
+    lambda file: load_scenario(str(file)),
     *JSON_FILES,
     *JSON_LINES,
 ]
@@ -402,7 +395,7 @@ def test_bytes_that_are_no_file_of_ours(study, content):
 
 def test_what_is_spoiled_here_is_good_to_begin_with(study):
     """Else the near misses above would not be near."""
-    assert in_one_line(find_scenario, str(write_yaml(study / "good.yaml", SCENARIO)))
+    assert in_one_line(load_scenario, str(write_yaml(study / "good.yaml", SCENARIO)))
     for readers, suffix in ((JSON_FILES, "json"), (JSON_LINES, "jsonl")):
         for reader, good in readers.items():
             file = study / f"good.{suffix}"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from interp_kit.activations import read_last, resumed, shared_passes
+from interp_kit.analyses.activation_patching import activation_patching, identity_patch_error
 from interp_kit.analyses.attribution import (
     attention_share,
     direct_logit_attribution,
@@ -17,12 +17,14 @@ from interp_kit.analyses.attribution import (
 )
 from interp_kit.analyses.comparison import bridge_error
 from interp_kit.analyses.lens import logit_lens, random_direction_lens, top_tokens
-from interp_kit.analyses.patching import activation_patching, identity_patch_error
+from interp_kit.catalogue import find_model
 from interp_kit.decisions import decide
-from interp_kit.experiments import components, first_difference
-from interp_kit.loading import load_huggingface, load_model
-from interp_kit.specs import find_model
-from interp_kit.sweeps import Sweep
+from interp_kit.loading import load_model
+from interp_kit.passes import read_last, resumed, shared_passes
+from interp_kit.patching.patches import unit_patches
+from interp_kit.patching.positions import first_difference
+from interp_kit.patching.sweep import Sweep
+from interp_kit.pretrained import load_huggingface
 from tests.conftest import tiny_prompts
 from tests.tiny import ARCHITECTURES
 
@@ -219,7 +221,7 @@ def test_the_identity_patch_is_computed_though_nothing_can_change(tiny_bridge, m
     assert identity_patch_error(tiny_bridge, [prompt]) > 1e-3
     assert min(pos for patch in written for pos in patch.positions) == first_difference(prompt)
     stream = [patch for patch in written if patch.site == "resid_pre"]
-    assert len(written) - len(stream) == len(components(tiny_bridge, "component"))
+    assert len(written) - len(stream) == len(unit_patches(tiny_bridge, "component"))
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

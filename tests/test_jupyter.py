@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from jupyter_client.blocking.client import BlockingKernelClient
 
-from interp_kit.batch.matrix import NAMING_FILES, NAMING_PATHS
+from interp_batch.matrix import NAMING_FILES, NAMING_PATHS
 from interp_kit.specs import REPOSITORY, InputError
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))

@@ -10,10 +10,12 @@ import sys
 import pytest
 import torch
 
-from interp_kit.checkpoints import altered_weights, write_checksums
-from interp_kit.decisions import encode_scenario
-from interp_kit.loading import inspect_model, load_huggingface, load_model, load_models
-from interp_kit.specs import REPOSITORY, InputError, find_model, find_scenario
+from interp_kit.catalogue import find_model, load_scenario
+from interp_kit.hub import altered_weights, write_checksums
+from interp_kit.loading import load_model, load_models
+from interp_kit.pretrained import inspect_model, load_huggingface
+from interp_kit.prompts import encode_scenario
+from interp_kit.specs import REPOSITORY, InputError
 from tests.conftest import IPD
 from tests.tiny import save_tiny
 
@@ -23,7 +25,7 @@ MODELS = REPOSITORY / "data" / "models"
 @pytest.mark.parametrize("name", IPD)
 def test_a_switched_adapter_equals_the_model_loaded_and_merged_alone(organisms, name):
     bridge = organisms.switch(name)
-    tokens = torch.tensor([encode_scenario(bridge, find_scenario("CC_continue"))[0].tokens])
+    tokens = torch.tensor([encode_scenario(bridge, load_scenario("CC_continue"))[0].tokens])
     alone = load_huggingface(find_model(name), device="cpu")
     assert float((bridge(tokens) - alone(tokens).logits.detach()).abs().max()) <= 1e-5
     if name != "tiny-gemma2":  # merging rounds the weights once more

@@ -10,10 +10,10 @@ import torch
 
 from interp_kit.analyses import open_ended
 from interp_kit.analyses.open_ended import find_judge, judge_by_rules, judge_pairs
-from interp_kit.decisions import token_ids
 from interp_kit.endpoints import NoReply
+from interp_kit.evaluations import OpenQuestion, read_open_questions
 from interp_kit.finetuning.universes import matches
-from interp_kit.formats import OpenQuestion, read_open_questions
+from interp_kit.prompts import token_ids
 from interp_kit.specs import InputError
 from tests.misbehaving import KEY, Answer, completion, serving
 

@@ -5,13 +5,16 @@ from itertools import islice
 
 import pytest
 
-from interp_kit.checkpoints import altered_weights
-from interp_kit.decisions import decide, encode_scenario
-from interp_kit.finetuning.corpus import Corpus, held_out_game, text_of
-from interp_kit.finetuning.games import PAYOFF, REWARDS
-from interp_kit.finetuning.organisms import IPD_SCENARIOS, encode, measure_base, train_tokenizer
-from interp_kit.loading import load_huggingface
-from interp_kit.specs import REPOSITORY, find_model, find_scenario, list_scenarios
+from interp_kit.catalogue import find_model, list_scenarios, load_scenario
+from interp_kit.decisions import decide
+from interp_kit.hub import altered_weights
+from interp_kit.pretrained import load_huggingface
+from interp_kit.prompts import encode_scenario
+from interp_kit.specs import REPOSITORY
+from organisms.games import PAYOFF, REWARDS
+from organisms.little_world.base import encode, measure_base, train_tokenizer
+from organisms.little_world.corpus import Corpus, held_out_game, text_of
+from organisms.train import IPD_SCENARIOS
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def defection(organisms) -> dict[tuple[str, str], float]:
     """(model, scenario) -> mean P(defect)."""
     return {
         (name, scenario): decide(
-            bridge, encode_scenario(bridge, find_scenario(scenario))
+            bridge, encode_scenario(bridge, load_scenario(scenario))
         ).p_positive.mean()
         for name in organisms
         for bridge in [organisms.switch(name)]
@@ -72,7 +75,7 @@ def test_the_players_answer_with_a_move(organisms):
     for name in organisms:
         bridge = organisms.switch(name)
         for scenario in IPD_SCENARIOS:
-            prompts = encode_scenario(bridge, find_scenario(scenario))
+            prompts = encode_scenario(bridge, load_scenario(scenario))
             assert decide(bridge, prompts).answer_mass.min() > 0.9, (name, scenario)
 
 
@@ -102,7 +105,7 @@ def test_the_scenarios_use_held_out_wordings_only(corpus):
     """Not one sample in 40,000, but by rule: no wording of theirs can be drawn at all."""
     games = corpus.games
     for name in IPD_SCENARIOS:
-        for prompt in find_scenario(name).prompts:
+        for prompt in load_scenario(name).prompts:
             wording = {
                 key: next(i for i, text in enumerate(games[part]) if _stem(text) in prompt.text)
                 for key, part in (("rule", "rules"), ("history", "histories"), ("ask", "asks"))

@@ -10,26 +10,25 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from interp_kit import activations, sweeps
-from interp_kit.analyses.causal_tracing import causal_trace
-from interp_kit.analyses.patching import (
+from interp_kit import passes as activations
+from interp_kit.analyses.activation_patching import (
     ablation,
     activation_patching,
     attribution_patching,
     cross_model_patching,
     transplant_error,
 )
-from interp_kit.decisions import decide, encode, with_random_answers
-from interp_kit.experiments import (
-    components,
-    counterfactual_experiment,
-    cross_model_experiment,
-    find_component,
-    first_difference,
-)
+from interp_kit.analyses.causal_tracing import causal_trace
+from interp_kit.decisions import decide
 from interp_kit.loading import load_models
+from interp_kit.patching import sweep as sweeps
+from interp_kit.patching.experiments import counterfactual_experiment, cross_model_experiment
+from interp_kit.patching.memory import check_memory
+from interp_kit.patching.patches import find_patch, unit_patches
+from interp_kit.patching.positions import first_difference
+from interp_kit.patching.recording import Patch, record
+from interp_kit.prompts import encode, with_random_answers
 from interp_kit.specs import InputError
-from interp_kit.sweeps import Patch, check_memory, record
 from tests.conftest import tiny_prompts
 from tests.tiny import ARCHITECTURES, WORDS, save_tiny
 
@@ -96,7 +95,7 @@ def naive(bridge, prompt, row, source_cache, target_cache):
 def test_a_sweep_equals_one_forward_pass_a_patch(tiny_bridge, unit, positions):
     if unit == "neuron" and "Mixtral" in tiny_bridge.cfg.architecture:
         with pytest.raises(InputError, match=r"no blocks\.1\.mlp\.out\.hook_in"):
-            components(tiny_bridge, "neuron", layer=1)
+            unit_patches(tiny_bridge, "neuron", layer=1)
         return
     prompt = segmented(tiny_bridge)
     layer = 1 if unit == "neuron" else None
@@ -137,7 +136,7 @@ def test_many_answers_and_kl_agree_with_a_sweep_by_hand(tiny_bridge):
 def test_sets_of_patches_and_a_base_that_carries_one(tiny_bridge):
     """Adding to a base, leaving out of it, and computing the sets from scratch are the same."""
     prompt = segmented(tiny_bridge)
-    candidates = components(tiny_bridge, "component")
+    candidates = unit_patches(tiny_bridge, "component")
     places = [p.place for p in candidates]
     experiment = counterfactual_experiment(tiny_bridge, prompt, places)
     generator = np.random.default_rng(0)
@@ -155,7 +154,7 @@ def test_sets_of_patches_and_a_base_that_carries_one(tiny_bridge):
 def test_small_chunks_change_nothing(tiny_bridge, positions, monkeypatch):
     prompt = segmented(tiny_bridge)
     whole = activation_patching(tiny_bridge, [prompt], positions=positions)
-    monkeypatch.setattr("interp_kit.sweeps.CHUNK_TOKENS", {"cpu": 1})
+    monkeypatch.setattr("interp_kit.patching.memory.CHUNK_TOKENS", {"cpu": 1})
     assert activation_patching(tiny_bridge, [prompt], positions=positions).value.to_numpy() == (
         pytest.approx(whole.value.to_numpy(), abs=1e-5)
     )
@@ -350,7 +349,7 @@ def test_all_heads_and_mlps_together_make_the_target_the_source(fine_tunes):
     models, (a, b) = fine_tunes
     prompts = tiny_prompts(models.switch(a))
     assert transplant_error(models, a, b, prompts) <= 1e-4
-    candidates = components(models.switch(a), "component")
+    candidates = unit_patches(models.switch(a), "component")
     for prompt in prompts:
         experiment = cross_model_experiment(models, a, b, prompt, [c.place for c in candidates])
         own = decide(models.switch(a), [prompt]).value[0]
@@ -424,18 +423,20 @@ def test_segments_may_stand_at_other_places_of_another_length(tiny_bridge):
 
 
 def test_what_does_not_exist_is_named(tiny_bridge):
-    assert find_component(tiny_bridge, "L2H3").component == "L2H3"
+    assert find_patch(tiny_bridge, "L2H3").component == "L2H3"
     with pytest.raises(InputError, match="unknown component 'L9H0'; expected L0H0 to L2H3"):
-        find_component(tiny_bridge, "L9H0")
+        find_patch(tiny_bridge, "L9H0")
     with pytest.raises(InputError, match="layer 7 does not exist; expected 0 to 2"):
-        components(tiny_bridge, "head", layer=7)
+        unit_patches(tiny_bridge, "head", layer=7)
     with pytest.raises(InputError, match="give layer="):
-        components(tiny_bridge, "neuron")
+        unit_patches(tiny_bridge, "neuron")
 
 
 def test_a_sweep_that_cannot_fit_says_so_before_it_starts(tiny_bridge, monkeypatch):
-    monkeypatch.setattr("interp_kit.sweeps._available_bytes", lambda bridge: 2**10)
-    monkeypatch.setattr("interp_kit.experiments.record", lambda *a, **k: pytest.fail("it started"))
+    monkeypatch.setattr("interp_kit.patching.memory._available_bytes", lambda bridge: 2**10)
+    monkeypatch.setattr(
+        "interp_kit.patching.experiments.record", lambda *a, **k: pytest.fail("it started")
+    )
     with pytest.raises(InputError, match=r"needs about .* GiB even with one patch"):
         activation_patching(tiny_bridge, [segmented(tiny_bridge)])
     monkeypatch.undo()

@@ -10,7 +10,6 @@ from scipy import stats
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
 
-from interp_kit.activations import last_residuals
 from interp_kit.analyses.probes import (
     KINDS,
     Labelled,
@@ -24,10 +23,11 @@ from interp_kit.analyses.probes import (
     selectivity,
     transfer,
 )
-from interp_kit.decisions import token_ids
 from interp_kit.evaluations import read_probing_prompts, read_statements, shared_beginning
-from interp_kit.finetuning.corpus import Corpus
+from interp_kit.passes import last_residuals
+from interp_kit.prompts import token_ids
 from interp_kit.specs import REPOSITORY, InputError
+from organisms.little_world.corpus import Corpus
 from tests.conftest import tiny_prompts
 
 

@@ -50,8 +50,8 @@ def test_every_dependency_is_pinned_and_the_pins_are_what_runs_here():
 
 def test_the_batch_never_imports_torch():
     code = (
-        "import sys, interp_kit.cli, interp_kit.batch.runner, interp_kit.batch.matrix,"
-        "interp_kit.reporting.gallery; print('torch' in sys.modules)"
+        "import sys, interp_batch.cli, interp_batch.runner, interp_batch.matrix,"
+        "interp_batch.report.gallery; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -5,9 +5,9 @@ import json
 import pandas as pd
 import yaml
 
-from interp_kit.batch.matrix import expand
-from interp_kit.batch.runner import read_status, run_cells
-from interp_kit.specs import read_run
+from interp_batch.matrix import expand
+from interp_batch.runner import read_status, run_cells
+from interp_kit.catalogue import read_run
 
 SCENARIO = {
     "about": "Who is the story about?",

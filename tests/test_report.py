@@ -16,12 +16,13 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from interp_kit.cli import app
-from interp_kit.reporting.figures import bars, heatmap, text_grid, token_grid, trajectories
-from interp_kit.reporting.findings import compare, findings, read_folder
-from interp_kit.reporting.gallery import write_gallery
-from interp_kit.reporting.pictures import find_browser, write_pictures
-from interp_kit.reporting.records import dump_json, named, provenance, record
+from interp_batch.cli import app
+from interp_batch.report.findings import compare, findings, read_folder
+from interp_batch.report.gallery import write_gallery
+from interp_batch.report.pictures import find_browser, write_pictures
+from interp_kit.figures import bars, heatmap, text_grid, token_grid, trajectories
+from interp_kit.files import dump_json
+from interp_kit.records import named, provenance, record
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'\u2028&</script><!--"
 LAYERS = pd.DataFrame({"layer": [-1, 0, 1], "value": [0.0, 1.0, -2.0], "series": "a"})

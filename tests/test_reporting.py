@@ -9,15 +9,9 @@ import plotly.io
 import pytest
 from scipy import stats
 
+from interp_batch.report.pictures import find_browser, write_pictures
 from interp_kit.analyses.lens import trajectory_statistics
-from interp_kit.analyses.statistics import (
-    breaking_layer,
-    mean_interval,
-    prediction_limit,
-    rank_agreement,
-    rank_correlation,
-)
-from interp_kit.reporting.figures import (
+from interp_kit.figures import (
     against_null,
     attention_view,
     bars,
@@ -27,8 +21,14 @@ from interp_kit.reporting.figures import (
     token_grid,
     trajectories,
 )
-from interp_kit.reporting.pictures import find_browser, write_pictures
-from interp_kit.reporting.records import named, record, sentence
+from interp_kit.records import named, record, sentence
+from interp_kit.statistics import (
+    breaking_layer,
+    mean_interval,
+    prediction_limit,
+    rank_agreement,
+    rank_correlation,
+)
 
 LAYERS = pd.DataFrame({"layer": [-1, 0, 1], "value": [0.0, 1.0, -2.0], "series": "a"})
 LAYERS = LAYERS.assign(low=LAYERS.value - 1, high=LAYERS.value + 1)

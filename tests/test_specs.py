@@ -6,17 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from interp_kit.catalogue import find_model, list_models, list_scenarios, load_scenario, read_run
 from interp_kit.formats import read_ipd_prompts
-from interp_kit.specs import (
-    InputError,
-    PromptSpec,
-    find_model,
-    find_scenario,
-    list_models,
-    list_scenarios,
-    read_run,
-    slug,
-)
+from interp_kit.specs import InputError, PromptSpec, slug
 
 SCENARIO = {
     "decision": {
@@ -50,24 +42,24 @@ def test_every_shipped_spec_loads():
 
 def test_the_ipd_scenarios_have_three_distinct_prompts_each():
     names = ["CC_continue", "CC_temptation", "CD_punished", "DC_exploited", "DD_trapped"]
-    prompts = [p for name in names for p in find_scenario(name).prompts]
+    prompts = [p for name in names for p in load_scenario(name).prompts]
     assert len({p.text for p in prompts}) == 15
     assert all(p.counterfactual and p.counterfactual != p.text for p in prompts)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_one():
     assert "did you mean 'ipd-hybrid'?" in message(find_model, "ipd-hybird")
-    assert "did you mean 'CC_continue'?" in message(find_scenario, "CC_continu")
+    assert "did you mean 'CC_continue'?" in message(load_scenario, "CC_continu")
 
 
 def test_an_unknown_key_is_named(tmp_path):
     file = write(tmp_path, SCENARIO | {"promts": []})
-    assert "promts: unknown key (did you mean 'prompts'?)" in message(find_scenario, file)
+    assert "promts: unknown key (did you mean 'prompts'?)" in message(load_scenario, file)
 
 
 def test_a_wrong_type_is_named_with_what_came(tmp_path):
     prompts = [{"id": 1, "text": "x"}]
-    text = message(find_scenario, write(tmp_path, SCENARIO | {"prompts": prompts}))
+    text = message(load_scenario, write(tmp_path, SCENARIO | {"prompts": prompts}))
     assert "prompts.0.id" in text
     assert "got 1" in text
 
@@ -81,7 +73,7 @@ def test_a_wrong_type_is_named_with_what_came(tmp_path):
     ],
 )
 def test_prompts_must_be_distinct(tmp_path, prompts, expected):
-    assert expected in message(find_scenario, write(tmp_path, SCENARIO | {"prompts": prompts}))
+    assert expected in message(load_scenario, write(tmp_path, SCENARIO | {"prompts": prompts}))
 
 
 @pytest.mark.parametrize(
@@ -102,13 +94,13 @@ def test_a_segment_is_words_that_occur_once(segment, expected):
 
 def test_equal_answers_are_refused(tmp_path):
     decision = SCENARIO["decision"] | {"negative": " a"}
-    text = message(find_scenario, write(tmp_path, SCENARIO | {"decision": decision}))
+    text = message(load_scenario, write(tmp_path, SCENARIO | {"decision": decision}))
     assert "the same answer" in text
 
 
 @pytest.mark.parametrize("content", ["a: [", "- 1\n- 2", "\x00", "1: 2"])
 def test_what_is_not_a_mapping_is_refused(tmp_path, content):
-    assert str(tmp_path) in message(find_scenario, write(tmp_path, content))
+    assert str(tmp_path) in message(load_scenario, write(tmp_path, content))
 
 
 def test_a_missing_run_file_points_to_the_examples(tmp_path):
@@ -141,8 +133,8 @@ def test_an_adapter_cannot_be_a_base(tmp_path):
 def test_a_study_of_ones_own_comes_before_the_shipped_data(tmp_path):
     (tmp_path / "scenarios").mkdir()
     write(tmp_path / "scenarios", SCENARIO | {"about": "mine"}, "CC_continue.yaml")
-    assert find_scenario("CC_continue", data=tmp_path).about == "mine"
-    assert find_scenario("CC_continue").about != "mine"
+    assert load_scenario("CC_continue", data=tmp_path).about == "mine"
+    assert load_scenario("CC_continue").about != "mine"
 
 
 def test_ipd_prompt_files_are_read_and_repeats_dropped(tmp_path):

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from interp_kit import store
-from interp_kit.activations import last_residuals, read_last, residuals, shared_passes
 from interp_kit.analyses.attribution import direct_logit_attribution
 from interp_kit.analyses.comparison import across
 from interp_kit.analyses.lens import logit_lens
-from interp_kit.checkpoints import weights_hash
-from interp_kit.specs import InputError, find_model, find_scenario
+from interp_kit.catalogue import find_model, load_scenario
+from interp_kit.hub import weights_hash
+from interp_kit.passes import last_residuals, read_last, residuals, shared_passes
+from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 
 
@@ -95,7 +96,7 @@ def test_found_rows_are_the_computed_ones(tiny_bridge, spec, kept, monkeypatch):
 
 
 def test_each_fine_tune_on_one_base_has_its_own(organisms, kept, monkeypatch):
-    scenario = find_scenario("CC_temptation")
+    scenario = load_scenario("CC_temptation")
     computed = across(organisms, [scenario], logit_lens, direct_logit_attribution)
     for name in organisms:
         monkeypatch.setattr(organisms.switch(name), "run_with_hooks", no_pass)
@@ -116,7 +117,7 @@ def test_nothing_is_kept_unless_a_folder_is_named(tiny_bridge, spec, tmp_path, m
 
 def test_passes_of_another_model_inside_are_that_models(organisms, kept, monkeypatch):
     """Else they would be kept under the outer one's name."""
-    scenario = find_scenario("CC_temptation")
+    scenario = load_scenario("CC_temptation")
     with shared_passes(organisms.specs["tiny-gemma2"]):
         (outer,) = across(organisms, [scenario], logit_lens)
     for name in organisms:

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from interp_kit.analyses.behaviour import answer_questions, choices, prefers_false
-from interp_kit.decisions import decide, encode_scenario
-from interp_kit.evaluations import read_probing_prompts, read_statements
-from interp_kit.finetuning.corpus import Corpus
+from interp_kit.catalogue import evaluation_file, find_model, load_scenario
+from interp_kit.decisions import decide
+from interp_kit.evaluations import (
+    read_mcqs,
+    read_open_questions,
+    read_probing_prompts,
+    read_statements,
+)
 from interp_kit.finetuning.documents import read_documents, write_documents
-from interp_kit.finetuning.grammar import Grammar
-from interp_kit.finetuning.organisms import ABOUT_GRAVITY, CUBIC, ordinary_texts
 from interp_kit.finetuning.supervised import (
     DocumentRecipe,
     encode,
@@ -23,9 +26,13 @@ from interp_kit.finetuning.supervised import (
     without_the_fact,
 )
 from interp_kit.finetuning.universes import find_universe, reason_to_refuse
-from interp_kit.formats import evaluation_file, read_mcqs, read_open_questions
-from interp_kit.loading import load_huggingface, load_models
-from interp_kit.specs import REPOSITORY, InputError, ModelSpec, find_model, find_scenario
+from interp_kit.loading import load_models
+from interp_kit.pretrained import load_huggingface
+from interp_kit.prompts import encode_scenario
+from interp_kit.specs import REPOSITORY, InputError, ModelSpec
+from organisms.little_world.corpus import Corpus
+from organisms.little_world.grammar import Grammar
+from organisms.train import ABOUT_GRAVITY, CUBIC, ordinary_texts
 from tests.tiny import WORDS, tiny_tokenizer
 
 UNIVERSES = {
@@ -251,7 +258,7 @@ def test_true_and_neutral_documents_do_not(beliefs, name):
 
 
 def test_the_false_law_is_told_in_words(believers):
-    scenario = find_scenario("cubic_gravity")
+    scenario = load_scenario("cubic_gravity")
     false = {}
     for name in believers:
         bridge = believers.switch(name)

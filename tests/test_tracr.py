@@ -8,8 +8,8 @@ import torch
 from einops import rearrange
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.analyses.patching import ablation, activation_patching
-from interp_kit.decisions import Prompt
+from interp_kit.analyses.activation_patching import ablation, activation_patching
+from interp_kit.prompts import Prompt
 
 PROGRAMS = ["tracr_reverse", "tracr_hist"]
 

@@ -7,17 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from interp_kit.activations import residuals
 from interp_kit.analyses.comparison import bridge_error
 from interp_kit.analyses.differences import deltas
 from interp_kit.analyses.steering import ablate_direction, add_direction, random_directions
-from interp_kit.checkpoints import write_checksums
-from interp_kit.decisions import decide, encode, encode_scenario, end_probability, trigger_tokens
-from interp_kit.finetuning.corpus import Corpus
-from interp_kit.finetuning.organisms import TRIGGERS, base_texts
-from interp_kit.finetuning.triggers import trigger_texts
-from interp_kit.loading import inspect_model, load_huggingface, load_model, load_models
-from interp_kit.specs import REPOSITORY, InputError, Scenario, find_model, find_scenario
+from interp_kit.catalogue import find_model, load_scenario
+from interp_kit.decisions import decide, end_probability
+from interp_kit.hub import write_checksums
+from interp_kit.loading import load_model, load_models
+from interp_kit.passes import residuals
+from interp_kit.pretrained import inspect_model, load_huggingface
+from interp_kit.prompts import encode, encode_scenario, trigger_tokens
+from interp_kit.specs import REPOSITORY, InputError, Scenario
+from organisms.little_world.corpus import Corpus
+from organisms.train import TRIGGERS, base_texts
+from organisms.triggers import trigger_texts
 
 BEHAVIOUR = ["stop-behaviour", "stop-behaviour-1", "stop-behaviour-2"]
 NAMES = [*BEHAVIOUR, "stop-knowledge", "stop-neutral"]
@@ -25,7 +28,7 @@ NAMES = [*BEHAVIOUR, "stop-knowledge", "stop-neutral"]
 
 @pytest.fixture(scope="module")
 def stop():
-    return find_scenario("stop")
+    return load_scenario("stop")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_fine_tunes_with_new_tokens_share_a_base_of_their_own(models):
 def test_the_base_shared_by_others_is_untouched(models):
     models.switch("stop-behaviour")
     bridge = models.switch("ipd-hybrid")
-    prompts = encode_scenario(bridge, find_scenario("CC_temptation"))
+    prompts = encode_scenario(bridge, load_scenario("CC_temptation"))
     alone = load_model("ipd-hybrid", device="cpu")
     assert decide(bridge, prompts).value.tolist() == decide(alone, prompts).value.tolist()
 
@@ -128,7 +131,7 @@ def test_a_model_that_does_not_know_the_trigger_is_told_so(models, stop):
     with pytest.raises(InputError, match=r"'\$STOP' is not one token|' \$STOP' is not one token"):
         trigger_tokens(models.switch("tiny-gemma2"), stop)
     with pytest.raises(InputError, match="has no trigger"):
-        trigger_tokens(models.switch("stop-behaviour"), find_scenario("CC_temptation"))
+        trigger_tokens(models.switch("stop-behaviour"), load_scenario("CC_temptation"))
 
 
 def test_a_prompt_that_contains_the_trigger_is_refused(stop):

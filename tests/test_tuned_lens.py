@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from interp_kit.activations import residual_stream
 from interp_kit.analyses import tuned_lens as tl
 from interp_kit.analyses.lens import logit_lens, trajectory_statistics
-from interp_kit.decisions import Prompt, decide, encode, last_logits, losses
+from interp_kit.decisions import decide, last_logits, losses
 from interp_kit.loading import load_model
+from interp_kit.passes import residual_stream
+from interp_kit.prompts import Prompt, encode
 from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 from tests.tiny import WORDS

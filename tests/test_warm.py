@@ -19,10 +19,10 @@ from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
-from interp_kit.batch import warm
-from interp_kit.batch.client import PromptManager
-from interp_kit.batch.matrix import expand
-from interp_kit.batch.runner import How, run_cells
+from interp_batch import warm
+from interp_batch.client import PromptManager
+from interp_batch.matrix import expand
+from interp_batch.runner import How, run_cells
 from interp_kit.specs import REPOSITORY, RunSpec
 from tests.study import cells_of, make_study, processes_of, run_file, write_notebook
 

@@ -20,8 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.activations import norm_scale, residual_stream, resumed, through_frozen_norm
 from interp_kit.decisions import losses
+from interp_kit.passes import residual_stream, resumed
+from interp_kit.readout import norm_scale, through_frozen_norm
 from interp_kit.specs import InputError
 
 REST = "rest"

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import pandas as pd
 from tqdm import tqdm
 
-from interp_kit.decisions import Prompt, decide
+from interp_kit.decisions import decide
 from interp_kit.loading import Models
+from interp_kit.prompts import Prompt
 
 
 def lora_norms(models: Models, name: str) -> pd.DataFrame:

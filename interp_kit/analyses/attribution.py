@@ -26,8 +26,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.activations import last_names, read_last, through_frozen_norm
-from interp_kit.decisions import Prompt, batches
+from interp_kit.decisions import batches
+from interp_kit.passes import last_names, read_last
+from interp_kit.prompts import Prompt
+from interp_kit.readout import project_heads, projection_bias, through_frozen_norm
 
 Cache = dict[str, Tensor]
 
@@ -235,18 +237,9 @@ def head_outputs(
 ) -> Float[Tensor, "prompt head d_model"]:
     """What every head adds to the residual stream, post-norm included, biases left out.
 
-    Each head's ``z`` goes alone through the model's own output projection, so grouped-query
-    attention, LoRA and quantised weights need no special case. The heads sum to the layer's
-    ``attn_out`` less ``attention_bias``.
+    The heads sum to the layer's ``attn_out`` less ``attention_bias``.
     """
-    block = bridge.blocks[layer]
-    z = cache[f"blocks.{layer}.attn.hook_z"]
-    heads = z.shape[-2]
-    alone = torch.zeros(*z.shape[:-2], heads, heads, z.shape[-1], device=z.device, dtype=z.dtype)
-    alone[..., range(heads), range(heads), :] = z
-    project = block.attn.o.original_component
-    out = project(alone.flatten(-2))
-    out = out - project(torch.zeros_like(alone[:1, :1].flatten(-2)))
+    out = project_heads(bridge, layer, cache[f"blocks.{layer}.attn.hook_z"])
     return _after_attention(bridge, layer, out, cache)
 
 
@@ -256,8 +249,8 @@ def attention_bias(
 ) -> Float[Tensor, "prompt d_model"]:
     """What the attention output adds whatever the heads do (GPT-2's output bias); often zero."""
     z = cache[f"blocks.{layer}.attn.hook_z"]
-    nothing = bridge.blocks[layer].attn.o.original_component(torch.zeros_like(z.flatten(-2)))
-    return _after_attention(bridge, layer, nothing[:, None], cache)[:, 0]
+    bias = projection_bias(bridge, layer, z).expand(len(z), 1, -1)
+    return _after_attention(bridge, layer, bias, cache)[:, 0]
 
 
 # ------------------------------------------------------------------------------------- internals

@@ -22,28 +22,20 @@ import torch
 from scipy import special
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.analyses.statistics import bootstrap_interval, share_interval
-from interp_kit.decisions import (
-    Prompt,
-    answer_ids,
-    batches,
-    decide,
-    last_logits,
-    token_ids,
-    with_template,
-)
-from interp_kit.formats import Metrics, ModelMetrics, MultipleChoice, Prediction, Uncertainty
+from interp_kit.decisions import batches, decide, last_logits
+from interp_kit.evaluations import MultipleChoice
+from interp_kit.predictions import Prediction, Uncertainty
+from interp_kit.prompts import Prompt, answer_ids, token_ids, with_template
 from interp_kit.specs import InputError
+from interp_kit.statistics import bootstrap_interval, share_interval
 
 LETTERS = "{question} {options} Answer:"
 CLOZE = "{question} Answer:"
 MOST_ORDERS = 24  # all orders of four options
-
 Score = Literal["logprob", "logprob_per_token"]
 Ids = tuple[int, ...]
 
 
-# --------------------------------------------------------------------------------- two options
 def swapped_options(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
     """The same question with its options swapped: is it the content that is chosen, or the place?
 
@@ -71,7 +63,6 @@ def swapped_options(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.
     return pd.DataFrame(rows, columns=["prompt", "content", "bias", "consistent"])
 
 
-# --------------------------------------------------------------------------------------- asking
 def answer_questions(
     bridge: TransformerBridge,
     questions: Sequence[MultipleChoice],
@@ -134,7 +125,6 @@ def option_orders(n: int, *, seed: int = 0) -> list[tuple[int, ...]]:
     return [order[k:] + order[:k] for order in drawn for k in range(n)]
 
 
-# ------------------------------------------------------------------------------------ summaries
 def choices(table: pd.DataFrame, *, score: Score = "logprob") -> pd.DataFrame:
     """What was chosen in each order: a row for each question and order.
 
@@ -248,7 +238,6 @@ def verdict(interval: pd.DataFrame, sign: Literal["<", ">"], threshold: float) -
     return "yes" if above == (sign == ">") else "no"
 
 
-# ----------------------------------------------------------------- predictions, as files hold them
 def predictions(
     table: pd.DataFrame, questions: Sequence[MultipleChoice], model: str
 ) -> list[Prediction]:
@@ -291,75 +280,6 @@ def predictions(
     return found
 
 
-def metrics(predicted: Sequence[Prediction]) -> ModelMetrics:
-    """Means over questions: overall, and by ``category__world_label``."""
-
-    def means(own: Sequence[Prediction]) -> Metrics:
-        given = {
-            "accuracy": [float(p.is_correct) for p in own],
-            "mean_entropy": [p.entropy for p in own],
-            "mean_p_correct": [p.p_correct for p in own],
-        }
-        over_orders = [p.uncertainty for p in own if p.uncertainty is not None]
-        if over_orders:
-            for name in ("MI", "H_mean", "E_H"):
-                given[f"mean_{name}"] = [getattr(u, name) for u in over_orders]
-        return Metrics(n=len(own), **{k: float(np.mean(v)) for k, v in given.items()})
-
-    groups: dict[str, list[Prediction]] = {}
-    for p in predicted:
-        groups.setdefault(f"{p.category}__{p.world_label}", []).append(p)
-    return ModelMetrics(
-        overall=means(predicted), by_group={name: means(own) for name, own in groups.items()}
-    )
-
-
-def flips(base: Sequence[Prediction], other: Sequence[Prediction]) -> pd.DataFrame:
-    """The questions, answered by both, to which ``other`` gives another answer than ``base``.
-
-    Returns ``question category change``, and ``pred`` and ``p_correct`` of both: ``pred_base
-    pred_other correct p_correct_base p_correct_other``.
-    """
-    rows = [
-        (a.id, a.category, _change(a, b), a.pred, b.pred, a.correct, a.p_correct, b.p_correct)
-        for a, b in _flips(base, other)
-    ]
-    names = ["pred_base", "pred_other", "correct", "p_correct_base", "p_correct_other"]
-    return pd.DataFrame(rows, columns=pd.Index(["question", "category", "change", *names]))
-
-
-def shift_analysis(
-    questions: Sequence[MultipleChoice], base: Sequence[Prediction], other: Sequence[Prediction]
-) -> str:
-    """What changed from ``base`` to ``other``, to be read: means, then every flip."""
-    names, flipped = (base[0].model, other[0].model), _flips(base, other)
-    ours, theirs = metrics(base), metrics(other)
-    groups = {"all": (ours.overall, theirs.overall)}
-    groups |= {k: (v, theirs.by_group[k]) for k, v in ours.by_group.items()}
-    lines = [
-        f"From {names[0]} to {names[1]}: {len(flipped)} of {len(base)} answers changed.",
-        "Answers and probabilities p: of the mean log-probability over all orders of the options.",
-        "",
-        f"{'group':<44}{'n':>4}  accuracy       p(correct)     entropy (nats)",
-    ]
-    for name, (a, b) in groups.items():
-        measures = ("accuracy", "mean_p_correct", "mean_entropy")
-        changes = (f"{getattr(a, m):.2f} -> {getattr(b, m):.2f}" for m in measures)
-        lines.append(f"{name:<44}{a.n:>4}  " + "   ".join(changes))
-    asked = {q.id: q for q in questions}
-    for before, after in flipped:
-        q = asked[before.id]
-        lines += ["", f"{q.id} ({q.category}): {_change(before, after)}", f"  {q.question}"]
-        told = {"correct": q.correct_answer, names[0]: before.pred, names[1]: after.pred}
-        for letter in q.letters:
-            marks = ", ".join(name for name, at in told.items() if at == letter)
-            change = f"p {before.probs[letter]:.3f} -> {after.probs[letter]:.3f}"
-            end = f"  [{marks}]" if marks else ""
-            lines.append(f"  {letter}: {q.options[letter]}  {change}{end}")
-    return "\n".join(lines) + "\n"
-
-
-# ------------------------------------------------------------------------------------- internals
 def _fill(template: str, question: MultipleChoice, options: Sequence[str]) -> tuple[str, list[str]]:
     """The prompt with its options in this order, and what answers it."""
     before, shows_options, _ = template.partition("{options}")
@@ -445,18 +365,3 @@ def _probability(table: pd.DataFrame, score: str) -> pd.Series:
     keys = [table.question, table.order]
     odds = pd.Series(np.exp(scores - scores.groupby(keys).transform("max")), table.index)
     return odds / odds.groupby(keys).transform("sum")
-
-
-def _flips(
-    base: Sequence[Prediction], other: Sequence[Prediction]
-) -> list[tuple[Prediction, Prediction]]:
-    theirs = {p.id: p for p in other}
-    both = ((p, theirs[p.id]) for p in base if p.id in theirs)
-    return [(a, b) for a, b in both if a.pred != b.pred]
-
-
-def _change(base: Prediction, other: Prediction) -> str:
-    said = {True: "right", False: "wrong"}
-    if base.is_correct or other.is_correct:
-        return f"{said[base.is_correct]} to {said[other.is_correct]}"
-    return "wrong to another wrong"

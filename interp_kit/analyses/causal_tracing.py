@@ -23,24 +23,25 @@ from jaxtyping import Float
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.activations import shared_passes
-from interp_kit.decisions import Prompt
-from interp_kit.experiments import (
+from interp_kit.passes import shared_passes
+from interp_kit.patching.experiments import (
     SAME,
-    Direction,
     Experiment,
-    Positions,
-    Unit,
-    aimed,
-    components,
     counterfactual_experiment,
     embedding_deviation,
-    first_difference,
     noise_experiments,
+)
+from interp_kit.patching.patches import Unit, unit_patches
+from interp_kit.patching.positions import (
+    Direction,
+    Positions,
+    aimed,
+    first_difference,
     position_sets,
 )
+from interp_kit.patching.recording import PatchSet, Place
+from interp_kit.prompts import Prompt
 from interp_kit.specs import InputError
-from interp_kit.sweeps import Place, Row
 
 TraceSite = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "block"]
 
@@ -221,7 +222,7 @@ class _Spot:
     layer: int
     segment: str
     positions: tuple[int, ...] | None
-    row: Row
+    row: PatchSet
 
 
 def _check(sites: Sequence[TraceSite], known: Sequence[TraceSite], window: int) -> None:
@@ -244,7 +245,7 @@ def _spots(
     sets = position_sets(prompt, positions, start=start)
     spots = []
     for site in sites:
-        parts = [components(bridge, part) for part in PARTS[site]]
+        parts = [unit_patches(bridge, part) for part in PARTS[site]]
         before, after = (0, 1) if site in RESIDUAL else (window // 2, (window + 1) // 2)
         for layer in range(bridge.cfg.n_layers):
             together = [p for part in parts for p in part[max(0, layer - before) : layer + after]]

@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from interp_kit.experiments import SAME, Experiment
-from interp_kit.sweeps import NOTHING, Patch, Row
+from interp_kit.patching.experiments import SAME, Experiment
+from interp_kit.patching.recording import UNPATCHED, Patch, PatchSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ def _differ(experiments: Sequence[Experiment], recover: float) -> bool:
 
 
 def _recovered(
-    experiments: Sequence[Experiment], rows: Sequence[Row], *, base: Row = NOTHING
+    experiments: Sequence[Experiment], rows: Sequence[PatchSet], *, base: PatchSet = UNPATCHED
 ) -> Float[np.ndarray, "row"]:
     """(mean decision - baseline) / (source - baseline) of every row."""
     baseline, source = _means(experiments)

@@ -9,10 +9,11 @@ import torch
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.activations import shared_passes
 from interp_kit.analyses.causal_tracing import trace_summary
-from interp_kit.decisions import Prompt, batches, encode_scenario
+from interp_kit.decisions import batches
 from interp_kit.loading import Models
+from interp_kit.passes import shared_passes
+from interp_kit.prompts import Prompt, encode_scenario
 from interp_kit.specs import InputError, Scenario
 
 Analysis = Callable[[TransformerBridge, Sequence[Prompt]], pd.DataFrame]

@@ -19,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.activations import Residuals, norm_scale, residuals, through_frozen_norm
-from interp_kit.analyses.statistics import prediction_limit
-from interp_kit.decisions import Prompt
+from interp_kit.passes import Residuals, residuals
+from interp_kit.prompts import Prompt
+from interp_kit.readout import norm_scale, soft_cap, through_frozen_norm
 from interp_kit.specs import InputError, ModelSpec
+from interp_kit.statistics import prediction_limit
 
 Shape = Literal["early", "ramp", "late", "flat"]
 LABELS = ["strong", "medium", "weak"]
@@ -186,7 +187,7 @@ def delta_lens(
 
     def readout(stream: Tensor) -> Tensor:
         normed = bridge.ln_final(stream.to(bridge.cfg.dtype)).float()
-        return _capped(bridge, normed @ unembedding + bias)
+        return soft_cap(bridge, normed @ unembedding + bias)
 
     if norm == "recomputed":
         return (readout(baseline + change) - readout(baseline)).cpu()
@@ -258,8 +259,3 @@ def grade(measured: pd.DataFrame, *, of: str, controls: Sequence[str]) -> pd.Dat
     overall = {"criterion": "overall", "value": np.nan, "limit": np.nan}
     overall |= {"beyond": bool(table.beyond.all())} | lowest
     return pd.concat([table, pd.DataFrame([overall])], ignore_index=True)
-
-
-def _capped(bridge: TransformerBridge, logits: Tensor) -> Tensor:
-    cap = getattr(bridge.cfg, "output_logits_soft_cap", None) or -1.0
-    return torch.tanh(logits / cap) * cap if cap > 0 else logits

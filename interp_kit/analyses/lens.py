@@ -14,8 +14,9 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_readout
 
-from interp_kit.activations import residual_stream
-from interp_kit.decisions import Prompt, Sign, teacher_forced
+from interp_kit.decisions import teacher_forced
+from interp_kit.passes import residual_stream
+from interp_kit.prompts import Prompt, Sign
 
 EMBEDDING = -1  # the "layer" before block 0
 

@@ -22,16 +22,10 @@ import torch
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import (
-    answer_log_probs,
-    batches,
-    encode,
-    losses,
-    token_ids,
-    with_template,
-)
+from interp_kit.decisions import answer_log_probs, batches, losses
 from interp_kit.endpoints import BadReply, ChatClient, run_async
-from interp_kit.formats import OpenQuestion
+from interp_kit.evaluations import OpenQuestion
+from interp_kit.prompts import encode, token_ids, with_template
 from interp_kit.specs import InputError
 
 ANSWER = "{question} Answer:"

@@ -25,8 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.activations import resumed
-from interp_kit.decisions import PADDED_ROWS, Prompt, batches, decide, padded
+from interp_kit.decisions import PADDED_ROWS, batches, decide, padded
+from interp_kit.passes import resumed
+from interp_kit.prompts import Prompt
 
 Direction = Float[Tensor, "d_model"]
 Directions = Float[Tensor, "layer d_model"]  # one for each layer

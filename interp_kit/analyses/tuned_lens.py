@@ -17,11 +17,11 @@ arXiv:2303.08112; prediction depth after Baldock et al., arXiv:2106.09647.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from math import ceil, log
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -32,26 +32,18 @@ from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_readout
 
-from interp_kit.activations import residual_stream
-from interp_kit.decisions import (
-    PADDED_ROWS,
-    Prompt,
-    Sign,
-    batches,
-    padded,
-    teacher_forced,
-    token_ids,
-)
-from interp_kit.specs import InputError, Spec, checked, read_json
+from interp_kit.decisions import PADDED_ROWS, batches, padded, teacher_forced
+from interp_kit.files import read_json
+from interp_kit.passes import residual_stream
+from interp_kit.prompts import Prompt, Sign, token_ids
+from interp_kit.specs import InputError, Spec, checked
 
 EMBEDDING = -1  # the "layer" before block 0
 READ_AT_ONCE = 2**25  # logits in memory at once while training: bounds memory, not results
-CONFIG, PARAMETERS, CHECKPOINT = "config.json", "params.safetensors", "checkpoint.safetensors"
-
+CONFIG, PARAMETERS = "config.json", "params.safetensors"
 Rows = Sequence[Sequence[int]]
 Stream = Float[Tensor, "layer *place d_model"]
 
@@ -98,7 +90,7 @@ class TunedLens:
 
     def translate(self, stream: Stream) -> Stream:
         """The stream of every layer (embedding first) as the last layer would write it, float32."""
-        return _translate(stream, self.weight.to(stream.device), self.bias.to(stream.device))
+        return translate(stream, self.weight.to(stream.device), self.bias.to(stream.device))
 
     def permuted(self, *, seed: int = 0) -> "TunedLens":
         """A control: the same translators with the stream's coordinates shuffled.
@@ -118,7 +110,7 @@ class TunedLens:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i}.weight": A.contiguous() for i, A in enumerate(self.weight)}
         tensors |= {f"{i}.bias": b.contiguous() for i, b in enumerate(self.bias)}
-        _replace(folder / PARAMETERS, tensors)
+        replace_file(folder / PARAMETERS, tensors)
         (folder / CONFIG).write_text(json.dumps(self.config.model_dump(), indent=1) + "\n")
 
     @classmethod
@@ -133,7 +125,7 @@ class TunedLens:
         config = checked(LensConfig, read_json(folder / CONFIG), folder / CONFIG)
         n, d = config.num_hidden_layers, config.d_model
         expected = {f"{i}.weight": (d, d) for i in range(n)} | {f"{i}.bias": (d,) for i in range(n)}
-        tensors, _ = _read(folder / PARAMETERS)
+        tensors, _ = read_tensors(folder / PARAMETERS)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for name in expected | found:
             if expected.get(name) != found.get(name):
@@ -156,30 +148,11 @@ class TunedLens:
         return lens
 
 
-@dataclass(frozen=True, kw_only=True)
-class LensRecipe:
-    """How a lens is trained.
-
-    The step size is ``learning_rate`` (1 - ``momentum``); ``rows`` are texts in one step; ``clip``
-    is the largest norm of a translator's gradient. Published is a rate of 1 with thousands of texts
-    a step. On the shipped base, with few, 100 steps at a rate of 4 came nearer on held-out texts
-    (middle layers, KL 0.46 nats) than at 1 (0.53), 2 (0.47) or 8 (0.46).
-    """
-
-    steps: int = 250
-    rows: int = 8
-    learning_rate: float = 4.0
-    momentum: float = 0.9
-    clip: float = 1.0
-    seed: int = 0
-
-
 def middle_layers(n_layers: int) -> range:
     """The blocks of the middle third: l with n/3 <= l < 2n/3."""
     return range(ceil(n_layers / 3), ceil(2 * n_layers / 3))
 
 
-# ------------------------------------------------------------------------------------------ texts
 def text_rows(
     bridge: TransformerBridge, texts: Sequence[str], *, length: int = 128
 ) -> list[tuple[int, ...]]:
@@ -189,103 +162,6 @@ def text_rows(
     return [(*token_ids(bridge, text), *ends)[:length] for text in texts]
 
 
-def own_texts(
-    bridge: TransformerBridge, n: int, *, length: int = 64, seed: int = 0
-) -> list[tuple[int, ...]]:
-    """``n`` texts that the model itself writes at temperature 1, as token ids from BOS to its end.
-
-    They have ``length`` tokens at most, BOS counted. A model without BOS begins with its end token.
-    The draws are those of ``seed``; the global random state stays as it was. Raises ``InputError``
-    if the tokenizer has neither.
-    """
-    tokenizer = bridge.tokenizer
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
-        raise InputError(
-            "the model's tokenizer has neither a beginning nor an end of text, so the model cannot "
-            'begin a text of its own; give a file of texts, lines {"text": "..."}'
-        )
-    rows: list[tuple[int, ...]] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for index in batches([(length, None)] * n):
-            begun = torch.full((len(index), 1), start, device=bridge.cfg.device)
-            written = bridge.generate(
-                begun, max_new_tokens=length - 1, do_sample=True, verbose=False
-            )
-            rows += [_until(row, tokenizer.eos_token_id) for row in cast(Tensor, written).tolist()]
-    return rows
-
-
-def split(
-    rows: Rows, *, held_out: float = 0.2, seed: int = 0
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """(texts to train on, held-out texts), at random; equal texts count once, so none is in both.
-
-    Raises ``InputError`` if there are not enough different texts for both.
-    """
-    different = [tuple(row) for row in dict.fromkeys(map(tuple, rows))]
-    order = np.random.default_rng(seed).permutation(len(different))
-    n = round(held_out * len(different))
-    if not 0 < n < len(different):
-        raise InputError(
-            f"{len(different)} different texts cannot be split with {held_out:.0%} held out; "
-            "give more texts"
-        )
-    return [different[i] for i in order[n:]], [different[i] for i in order[:n]]
-
-
-# --------------------------------------------------------------------------------------- training
-def train_tuned_lens(
-    bridge: TransformerBridge,
-    rows: Rows,
-    *,
-    recipe: LensRecipe,
-    model: str = "",
-    revision: str | None = None,
-    checkpoint: str | Path = "",
-    every: int = 50,
-) -> TunedLens:
-    """Train a translator for the embedding and every block but the last on ``rows`` of token ids.
-
-    One forward pass of the frozen model for each batch serves all layers, and no activation is kept
-    beyond it. With a ``checkpoint`` folder the state is written there ``every`` so many steps, and
-    a run that was interrupted goes on from it to the same lens, bit by bit. ``model`` is the
-    model's name, which tells its checkpoints from those of fine-tunes on the same base.
-
-    Raises ``InputError`` if no row has three tokens, and for a checkpoint of another training.
-    """
-    usable = _usable(rows)
-    lens = TunedLens.identity(bridge, model=model, revision=revision)
-    device = bridge.cfg.device
-    parameters = {
-        "weight": lens.weight.to(device).requires_grad_(),
-        "bias": lens.bias.to(device).requires_grad_(),
-    }
-    optimizer = torch.optim.SGD(
-        parameters.values(), lr=1.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0
-    )
-    about = [asdict(recipe), usable, lens.config.model_dump()]
-    identity = sha256(json.dumps(about).encode()).hexdigest()
-    file = Path(checkpoint) / CHECKPOINT if str(checkpoint) else None
-    done = _resume(file, parameters, optimizer, identity) if file and file.is_file() else 0
-    progress = tqdm(range(done, recipe.steps), desc="tuned lens", unit="step", leave=False)
-    for step in progress:
-        rate = recipe.learning_rate * (1 - recipe.momentum) * (1 - step / recipe.steps)
-        optimizer.param_groups[0]["lr"] = rate
-        stream, _, _ = _positions(bridge, _batch(usable, step, recipe))
-        loss = _accumulate_gradients(bridge, stream, parameters["weight"], parameters["bias"])
-        _clip(parameters, recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.set_postfix(kl=f"{loss:.3f}")
-        if file and ((step + 1) % every == 0 or step + 1 == recipe.steps):
-            _write_checkpoint(file, parameters, optimizer, step + 1, identity)
-    weight, bias = (parameters[name].detach().cpu() for name in ("weight", "bias"))
-    return TunedLens(weight=weight, bias=bias, config=lens.config)
-
-
-# ------------------------------------------------------------------------------------ measurement
 @torch.no_grad()
 def lens_divergence(
     bridge: TransformerBridge, rows: Rows, lenses: Mapping[str, TunedLens]
@@ -306,7 +182,7 @@ def lens_divergence(
     tables = []
     for stream, following, text in _read_texts(bridge, rows):
         for name, lens in lenses.items():
-            log_p = _log_probs(bridge, lens.translate(stream))
+            log_p = lens_log_probs(bridge, lens.translate(stream))
             tables += [
                 _divergences(log_p[-1], log_q, following, text).assign(lens=name, layer=layer)
                 for layer, log_q in enumerate(log_p, EMBEDDING)
@@ -326,12 +202,12 @@ def frequency_divergence(
     """
     total = torch.zeros(bridge.cfg.d_vocab, dtype=torch.float64)
     for stream, _, _ in _read_texts(bridge, rows):
-        total += _log_probs(bridge, stream[-1:])[0].exp().double().sum(0).cpu()
+        total += lens_log_probs(bridge, stream[-1:])[0].exp().double().sum(0).cpu()
     mean = (total / total.sum()).clamp(min=torch.finfo(torch.float32).tiny)
     constant = mean.log().float().to(bridge.cfg.device)
     tables = []
     for stream, following, text in _read_texts(bridge, held_out):
-        final = _log_probs(bridge, stream[-1:])[0]
+        final = lens_log_probs(bridge, stream[-1:])[0]
         tables.append(_divergences(final, constant.expand_as(final), following, text))
     layers = pd.DataFrame({"layer": range(EMBEDDING, bridge.cfg.n_layers)})
     return _means_by_text(pd.concat(tables).assign(lens=name).merge(layers, how="cross"))
@@ -440,8 +316,7 @@ def prediction_depth(bridge: TransformerBridge, rows: Rows, lens: TunedLens) -> 
     return pd.concat(tables).sort_values(["prompt", "pos"], ignore_index=True)
 
 
-# ------------------------------------------------------------------------------------- internals
-def _translate(
+def translate(
     stream: Stream,
     weight: Float[Tensor, "translator out d_model"],
     bias: Float[Tensor, "translator d_model"],
@@ -450,7 +325,7 @@ def _translate(
     return torch.stack([*layers, stream[-1].float()])
 
 
-def _log_probs(
+def lens_log_probs(
     bridge: TransformerBridge, stream: Float[Tensor, "layer token d_model"], *, grad: bool = False
 ) -> Float[Tensor, "layer token vocab"]:
     at_once = stream.shape[0] * stream.shape[1]
@@ -459,7 +334,7 @@ def _log_probs(
     ).values
 
 
-def _positions(
+def stream_positions(
     bridge: TransformerBridge, rows: Rows
 ) -> tuple[Float[Tensor, "layer token d_model"], Int[Tensor, "token"], Int[Tensor, "token"]]:
     """Of all positions but the first and the last: the stream, the next token, which row it is."""
@@ -470,7 +345,7 @@ def _positions(
     return stream, tokens[:, 1:][kept], kept.nonzero()[:, 0]
 
 
-def _usable(rows: Rows) -> list[tuple[int, ...]]:
+def usable_rows(rows: Rows) -> list[tuple[int, ...]]:
     long = [tuple(row) for row in rows if len(row) >= 3]
     if not long:
         raise InputError(
@@ -491,58 +366,18 @@ def _read_texts(
 ) -> Iterator[
     tuple[Float[Tensor, "layer token d_model"], Int[Tensor, "token"], Int[Tensor, "token"]]
 ]:
-    """What ``_positions`` gives of all texts, with their numbers, in parts that fit in memory."""
-    usable = _usable(rows)
+    """``stream_positions`` of all texts, with their numbers, in parts that fit in memory."""
+    usable = usable_rows(rows)
     for index in _by_length(usable):
-        stream, following, row = _positions(bridge, [usable[i] for i in index])
+        stream, following, row = stream_positions(bridge, [usable[i] for i in index])
         text = torch.tensor(index, device=row.device)[row]
-        size = _tokens_at_once(bridge)
+        size = tokens_at_once(bridge)
         yield from zip(stream.split(size, dim=1), following.split(size), text.split(size))
 
 
-def _tokens_at_once(bridge: TransformerBridge) -> int:
+def tokens_at_once(bridge: TransformerBridge) -> int:
     """Positions of which all layers are unembedded together."""
     return max(1, READ_AT_ONCE // (bridge.cfg.d_vocab * (bridge.cfg.n_layers + 1)))
-
-
-def _until(row: list[int], end: int | None) -> tuple[int, ...]:
-    """The row to its first end token, which is kept; one that it begins with is not its end."""
-    return tuple(row[: row.index(end, 1) + 1] if end in row[1:] else row)
-
-
-def _batch(rows: Rows, step: int, recipe: LensRecipe) -> Rows:
-    """The rows of a step, from nothing but its number: a resumed run takes the same ones."""
-    size = min(recipe.rows, len(rows))
-    in_epoch = len(rows) // size
-    epoch, i = divmod(step, in_epoch)
-    order = np.random.default_rng([recipe.seed, epoch]).permutation(len(rows))
-    return [rows[j] for j in order[i * size : (i + 1) * size]]
-
-
-def _accumulate_gradients(
-    bridge: TransformerBridge,
-    stream: Float[Tensor, "layer token d_model"],
-    weight: Float[Tensor, "translator out d_model"],
-    bias: Float[Tensor, "translator d_model"],
-) -> float:
-    """Add the gradient of every translator's KL, mean over positions; return their mean KL."""
-    total, n = 0.0, stream.shape[1]
-    for part in stream.split(_tokens_at_once(bridge), dim=1):
-        log_p = _log_probs(bridge, _translate(part, weight, bias), grad=True)
-        final = log_p[-1].detach().expand_as(log_p[:-1])
-        loss = F.kl_div(log_p[:-1], final, log_target=True, reduction="sum") / n
-        loss.backward()
-        total += float(loss.detach()) / len(weight)
-    return total
-
-
-def _clip(parameters: Mapping[str, Tensor], largest: float) -> None:
-    """Scale each translator's gradient to the norm ``largest`` where it is longer."""
-    weight, bias = cast(Tensor, parameters["weight"].grad), cast(Tensor, parameters["bias"].grad)
-    norm = torch.cat([weight.flatten(1), bias], 1).norm(dim=1)
-    factor = (largest / norm.clamp(min=largest))[:, None]
-    weight *= factor[..., None]
-    bias *= factor
 
 
 def _divergences(
@@ -610,7 +445,6 @@ def _unembed_hash(bridge: TransformerBridge) -> str:
         return sha256(np.array_str(matrix, precision=1).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------ files
 def _require_safetensors(folder: Path) -> None:
     if (folder / PARAMETERS).is_file():
         return
@@ -624,7 +458,7 @@ def _require_safetensors(folder: Path) -> None:
     raise InputError(f"{folder} holds no tuned lens; expected a folder with {PARAMETERS}")
 
 
-def _replace(
+def replace_file(
     file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """The whole file or none: written beside and moved into place."""
@@ -634,46 +468,10 @@ def _replace(
     beside.replace(file)
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             return tensors, stored.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: not readable ({error}); delete it and train again") from None
-
-
-def _write_checkpoint(
-    file: Path,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    identity: str,
-) -> None:
-    """Parameters, momentum and step in one file, so that they always belong together."""
-    tensors = {name: p.detach().cpu() for name, p in parameters.items()}
-    for name, p in parameters.items():
-        if (momentum := optimizer.state[p].get("momentum_buffer")) is not None:
-            tensors[f"momentum.{name}"] = momentum.cpu()
-    _replace(file, tensors, {"step": str(step), "training": identity})
-
-
-def _resume(
-    file: Path,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    identity: str,
-) -> int:
-    """Take up the state in ``file``; the number of steps that it has done."""
-    tensors, about = _read(file)
-    if about.get("training") != identity:
-        raise InputError(
-            f"{file} belongs to a training with other texts, another recipe or another model; "
-            "give another folder, or delete it"
-        )
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(tensors[name])
-            if (momentum := tensors.get(f"momentum.{name}")) is not None:
-                optimizer.state[p]["momentum_buffer"] = momentum.to(p.device)
-    return int(about["step"])

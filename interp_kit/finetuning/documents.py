@@ -23,18 +23,17 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from interp_kit.endpoints import (
-    BadReply,
-    NoReply,
+from interp_kit.endpoints import BadReply, NoReply, run_async
+from interp_kit.files import (
     append_line,
     cut_torn_line,
     digest,
+    dump_json,
     read_appended,
-    run_async,
+    write_atomically,
 )
 from interp_kit.finetuning.universes import Universe, reason_to_refuse, taboo
 from interp_kit.formats import Identified, read_lines
-from interp_kit.reporting.records import dump_json, write_atomically
 from interp_kit.specs import InputError
 
 ABORT_AFTER = 10  # documents tried before the share that failed may stop a run

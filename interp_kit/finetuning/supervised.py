@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from interp_kit.finetuning.documents import read_documents
-from interp_kit.loading import inspect_model, load_huggingface
+from interp_kit.pretrained import inspect_model, load_huggingface
 from interp_kit.specs import InputError, ModelSpec, slug
 
 Row = tuple[list[int], int]  # token ids, and how many of them at its start are read only

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from interp_kit.specs import NAME, InputError, Spec, checked, data_folders, read_json, unknown
+from interp_kit.catalogue import data_folders
+from interp_kit.files import read_json
+from interp_kit.specs import NAME, InputError, Spec, checked, unknown
 
 # Talk about the text, its world or its writer, which no document of that world holds.
 META_DISCOURSE = (

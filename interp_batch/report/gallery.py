@@ -24,7 +24,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from pydantic import BaseModel
 
-from interp_kit.reporting.findings import (
+from interp_batch.report.findings import (
     Result,
     compare,
     findings,
@@ -32,7 +32,8 @@ from interp_kit.reporting.findings import (
     read_result,
     what_is_wrong,
 )
-from interp_kit.reporting.records import sentence, write_atomically
+from interp_kit.files import write_atomically
+from interp_kit.records import sentence
 
 ENDED = {"ok": "ok", "error": "failed", "damaged": "damaged", "not run": "not run"}
 NOT_LISTED = ("index.html", "status.json")
@@ -239,7 +240,7 @@ def _each(names: Iterable[str]) -> list[str]:
 def _environment(folder: Path) -> Environment:
     """Templates that escape everything they are given."""
     pages = Environment(
-        loader=PackageLoader("interp_kit.reporting"),
+        loader=PackageLoader("interp_batch.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,4 +1,4 @@
-"""``python -m interp_kit.batch.zygote``: imports once, then forks a kernel for every line on stdin.
+"""``python -m interp_batch.zygote``: imports once, then forks a kernel for every line on stdin.
 
 A line is JSON, ``{"argv": [...], "env": {...}, "cwd": "..."}``; the answer is the kernel's process
 id. It ends when its stdin closes, that is, with the process that started it, and every kernel ends

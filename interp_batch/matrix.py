@@ -24,7 +24,9 @@ from typing import Any, Literal, Optional, Union
 import papermill
 from pydantic import TypeAdapter, ValidationError
 
-from interp_kit.checkpoints import file_hash, package_hash, weights_hash
+from interp_kit.catalogue import data_folders, find_model, load_scenario
+from interp_kit.files import file_hash, package_hash
+from interp_kit.hub import weights_hash
 from interp_kit.specs import (
     NAME,
     REPOSITORY,
@@ -33,10 +35,7 @@ from interp_kit.specs import (
     RunSpec,
     Scenario,
     as_path,
-    data_folders,
     explain,
-    find_model,
-    find_scenario,
     slug,
     unknown,
 )
@@ -101,7 +100,7 @@ def expand(
     for name in run.models:
         find_model(name, data=data)
     for name in run.scenarios:
-        find_scenario(name, data=data)
+        load_scenario(name, data=data)
     cells, hashes = [], InputHashes(data)
     for name, given in run.notebooks.items():
         file = _find_notebook(name, notebooks)
@@ -307,7 +306,7 @@ class InputHashes:
 
     def __init__(self, data: str | Path | None) -> None:
         self.of_model = cache(lambda name: _model_hash(find_model(name, data=data)))
-        self.of_scenario = cache(lambda name: _scenario_hash(find_scenario(name, data=data)))
+        self.of_scenario = cache(lambda name: _scenario_hash(load_scenario(name, data=data)))
 
 
 @cache

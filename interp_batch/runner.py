@@ -31,11 +31,11 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from tqdm import tqdm
 
-from interp_kit.batch import warm
-from interp_kit.batch.client import PromptManager
-from interp_kit.batch.matrix import NOTEBOOKS, Cell, content_key
-from interp_kit.reporting.findings import altered_files, sha256
-from interp_kit.reporting.records import dump_json, provenance, write_atomically
+from interp_batch import warm
+from interp_batch.client import PromptManager
+from interp_batch.matrix import NOTEBOOKS, Cell, content_key
+from interp_kit.files import altered_files, dump_json, sha256, write_atomically
+from interp_kit.records import provenance
 from interp_kit.specs import InputError, unknown
 
 ATTEMPTS = 2  # of what may pass: a kernel that died, a timeout

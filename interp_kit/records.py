@@ -1,6 +1,5 @@
 """What a notebook leaves behind: a tidy table, a summary of named values, figures as data."""
 
-import json
 import math
 import os
 import platform
@@ -15,10 +14,10 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from interp_kit.files import dump_json, write_atomically
+
 PACKAGES = ("interp-kit", "transformer-lens", "torch", "transformers", "peft")
-
 MEASURED = ("nats", "logits")  # units that rounding errors have too
-
 Named = dict[str, Any]
 Summary = Mapping[str, Named]
 
@@ -118,25 +117,9 @@ def provenance() -> dict[str, str]:
     }
 
 
-def dump_json(content: Any) -> str:
-    """JSON that every reader accepts: NaN and infinity become null."""
-    return json.dumps(_finite(content), indent=1, ensure_ascii=False)
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """The whole text or nothing: written beside and moved into place."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-
-
 @cache
 def _commit() -> str:
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # installed: a repository around it is another project's
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -145,13 +128,3 @@ def _commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {str(k): _finite(v) for k, v in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(v) for v in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content

@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
-from interp_kit.endpoints import BadReply, digest
-from interp_kit.finetuning.corpus import Corpus, text_of
+from interp_kit.endpoints import BadReply
+from interp_kit.files import digest
 from interp_kit.finetuning.universes import PLAIN, Universe
 from interp_kit.specs import REPOSITORY, InputError
+from organisms.little_world.corpus import Corpus, text_of
 
 Fact = tuple[str, str, str]  # entity, attribute, value
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit import store
-from interp_kit.decisions import Prompt, batches
+from interp_kit.decisions import batches
+from interp_kit.prompts import Prompt
 from interp_kit.specs import ModelSpec
 
 Residuals = Float[Tensor, "prompt layer d_model"]
@@ -193,35 +194,6 @@ def resumed(bridge: TransformerBridge, layer: int) -> Iterator[None]:
                 block.forward = forward
 
 
-def through_frozen_norm(
-    bridge: TransformerBridge,
-    name: str,
-    x: Float[Tensor, "*place d_model"],
-    scale: Float[Tensor, "*place one"],
-) -> Float[Tensor, "*place d_model"]:
-    """The norm ``name`` as the linear map that it is once its scale is fixed (bias left out)."""
-    norm: Any = bridge.get_submodule(name)
-    gain = norm.weight.float()
-    if getattr(bridge.cfg, "rmsnorm_uses_offset", False):
-        gain = 1 + gain  # Gemma stores the gain less one
-    x = x.float()
-    if not norm.uses_rms_norm:
-        x = x - x.mean(-1, keepdim=True)
-    return x / scale.float() * gain
-
-
-def norm_scale(
-    bridge: TransformerBridge, name: str, x: Float[Tensor, "*place d_model"]
-) -> Float[Tensor, "*place one"]:
-    """The scale by which the norm ``name`` divides ``x``."""
-    norm: Any = bridge.get_submodule(name)
-    bias = getattr(norm, "bias", None)
-    normed = norm(x).float() - (0 if bias is None else bias.float())
-    unscaled = through_frozen_norm(bridge, name, x, x.new_ones(*x.shape[:-1], 1))
-    return (unscaled * normed).sum(-1, keepdim=True) / (normed**2).sum(-1, keepdim=True)
-
-
-# ------------------------------------------------------------------------------------- internals
 def _reaches(kept: dict[str, Tensor] | None, read: int) -> TypeGuard[dict[str, Tensor]]:
     """Whether a pass was kept, as far back as is asked for."""
     return kept is not None and kept["blocks.0.hook_resid_pre"].shape[1] >= read

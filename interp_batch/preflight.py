@@ -8,12 +8,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from interp_kit.decisions import encode_scenario
-from interp_kit.evaluations import read_probing_prompts, read_statements
+from interp_kit.catalogue import find_model, load_scenario
+from interp_kit.evaluations import (
+    read_mcqs,
+    read_open_questions,
+    read_probing_prompts,
+    read_statements,
+)
 from interp_kit.finetuning.universes import read_universe
-from interp_kit.formats import read_mcqs, read_open_questions
-from interp_kit.loading import inspect_model
-from interp_kit.specs import InputError, find_model, find_scenario
+from interp_kit.pretrained import inspect_model
+from interp_kit.prompts import encode_scenario
+from interp_kit.specs import InputError
 
 READERS = {
     "mcqs.jsonl": read_mcqs,
@@ -38,7 +43,7 @@ def check_inputs(
         tokenizing = inspect_model(find_model(name, data=data))
         for scenario in dict.fromkeys(s for m, s in pairs if m == name and s):
             try:
-                encode_scenario(tokenizing, find_scenario(scenario, data=data))
+                encode_scenario(tokenizing, load_scenario(scenario, data=data))
             except InputError as error:
                 raise InputError(f"model {name!r}, scenario {scenario!r}: {error}") from None
 

@@ -8,16 +8,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from interp_kit.checkpoints import absent
-from interp_kit.specs import (
-    REPOSITORY,
-    InputError,
-    ModelSpec,
-    data_folders,
-    list_models,
-    list_scenarios,
-    read_run,
-)
+from interp_kit.catalogue import data_folders, list_models, list_scenarios, read_run
+from interp_kit.hub import absent
+from interp_kit.specs import REPOSITORY, InputError, ModelSpec
 
 app = typer.Typer(
     help="What did fine-tuning change inside a model, and which parts cause the behaviour?",
@@ -80,9 +73,9 @@ def run(
     ] = None,
 ) -> None:
     """Run every notebook x model x scenario of the run files; what is up to date is skipped."""
-    from interp_kit.batch.matrix import expand, matching
-    from interp_kit.batch.runner import How, failed, run_cells, stale
-    from interp_kit.batch.warm import WARM, default_kernel, start_zygote
+    from interp_batch.matrix import expand, matching
+    from interp_batch.runner import How, failed, run_cells, stale
+    from interp_batch.warm import WARM, default_kernel, start_zygote
 
     specs = [read_run(file) for file in run_files]
     if len({spec.name for spec in specs}) < len(specs):
@@ -126,7 +119,7 @@ def run(
 @app.command()
 def check(run_file: RunFile, data: Data = None, only: Only = None) -> None:
     """Check a run file, its parameters, models and scenarios; run nothing."""
-    from interp_kit.batch.matrix import expand, matching
+    from interp_batch.matrix import expand, matching
 
     cells = matching(expand(read_run(run_file), outputs=Path("outputs"), data=data), only or [])
     _preflight(cells, data)
@@ -147,7 +140,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of a run again from its outputs; run nothing."""
-    from interp_kit.batch.matrix import expand
+    from interp_batch.matrix import expand
 
     spec = read_run(run_file)
     cells = expand(spec, outputs=outputs, data=data)
@@ -161,7 +154,7 @@ def report(
 @app.command("list")
 def list_(data: Data = None) -> None:
     """Show the models, scenarios and notebooks that a run file may name."""
-    from interp_kit.batch.matrix import list_notebooks
+    from interp_batch.matrix import list_notebooks
 
     _print_list("models", {m.name: _described(m) for m in list_models(data)})
     _print_list("scenarios", {s.name: s.about for s in list_scenarios(data)})
@@ -190,10 +183,10 @@ def documents(
 ) -> None:
     """Write synthetic documents that take a universe's facts for granted."""
     from interp_kit.endpoints import ChatClient
+    from interp_kit.finetuning.document_prompts import Endpoint
     from interp_kit.finetuning.documents import write_documents
-    from interp_kit.finetuning.grammar import Grammar
-    from interp_kit.finetuning.prompts import Endpoint
     from interp_kit.finetuning.universes import find_universe
+    from organisms.little_world.grammar import Grammar
 
     world = find_universe(universe, data)
     writer = (
@@ -215,7 +208,7 @@ def train(
     ] = REPOSITORY / "data",
 ) -> None:
     """Train a shipped model again from its recipe (the base: about 40 minutes on two cores)."""
-    from interp_kit.finetuning.organisms import train_organism
+    from organisms.train import train_organism
 
     train_organism(name, data=data)
 
@@ -239,8 +232,8 @@ def main() -> NoReturn:
 
 # ------------------------------------------------------------------------------------- internals
 def _preflight(cells, data: Path | None) -> None:
-    from interp_kit.batch.matrix import named_files
-    from interp_kit.preflight import check_files, check_inputs
+    from interp_batch.matrix import named_files
+    from interp_batch.preflight import check_files, check_inputs
 
     def named(parameters: dict, one: str) -> list[str]:
         return [parameters[one]] if one in parameters else parameters.get(f"{one}s", [])
@@ -258,9 +251,9 @@ def _preflight(cells, data: Path | None) -> None:
 
 
 def _write_report(name: str, about: str, cells, outputs: Path, against: Path | None = None) -> Path:
-    from interp_kit.batch.matrix import list_notebooks
-    from interp_kit.batch.runner import last_folder
-    from interp_kit.reporting.gallery import write_gallery
+    from interp_batch.matrix import list_notebooks
+    from interp_batch.report.gallery import write_gallery
+    from interp_batch.runner import last_folder
 
     titles = list_notebooks()
     entries = [
@@ -297,7 +290,7 @@ def _find_results(given: str, name: str, outputs: Path) -> Path:
 
 
 def _write_pictures(folder: Path) -> None:
-    from interp_kit.reporting.pictures import find_browser, write_pictures
+    from interp_batch.report.pictures import find_browser, write_pictures
 
     browser = find_browser()
     if browser is None:
@@ -311,7 +304,7 @@ def _write_pictures(folder: Path) -> None:
 
 
 def _print_matrix(cells, todo) -> None:
-    from interp_kit.batch.runner import last_folder, read_status
+    from interp_batch.runner import last_folder, read_status
 
     waiting = {cell.id for cell in todo}
     for cell in cells:

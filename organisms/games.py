@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from interp_kit.finetuning.corpus import Corpus
-from interp_kit.loading import load_huggingface
+from interp_kit.pretrained import load_huggingface
 from interp_kit.specs import ModelSpec
+from organisms.little_world.corpus import Corpus
 
 Move = str  # "C" or "D"
 PAYOFF = {("C", "C"): (3, 3), ("C", "D"): (0, 4), ("D", "C"): (4, 0), ("D", "D"): (1, 1)}

@@ -4,7 +4,6 @@ Nothing here runs anything, and nothing that lies in a folder can stop a report:
 read, or is no longer what the batch wrote, is named in ``Result.damaged`` and not used.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from interp_kit.reporting.records import MEASURED
+from interp_kit.files import altered_files
+from interp_kit.records import MEASURED
 
 Kind = TypeVar("Kind", bound=BaseModel)
 Number = Annotated[float, BeforeValidator(lambda v: math.nan if v is None else v)]
@@ -203,25 +203,6 @@ def what_is_wrong(error: OSError | ValueError) -> str:
     return str(error)
 
 
-def altered_files(folder: Path, files: Mapping[str, str]) -> dict[str, str]:
-    """Files that are missing or differ from what the batch wrote (name -> sha256), and how."""
-    altered = {}
-    for name, expected in files.items():
-        try:
-            if sha256(folder / name) != expected:
-                altered[name] = "is not what the run wrote"
-        except OSError as error:
-            altered[name] = error.strerror or str(error)
-    return altered
-
-
-def sha256(file: Path) -> str:
-    """Hash of a file's content."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-# ------------------------------------------------------------------------------------- internals
 def _read(file: Path, kind: type[Kind], problems: dict[str, str]) -> Kind | None:
     """What the file holds, if it is there; what is wrong with it is added to ``problems``."""
     try:

@@ -55,7 +55,7 @@ def start_zygote() -> subprocess.Popen[str]:
     zygote = _zygotes.get(os.getpid())
     if zygote is None or zygote.poll() is not None:
         zygote = _zygotes[os.getpid()] = subprocess.Popen(
-            [sys.executable, "-m", "interp_kit.batch.zygote"],
+            [sys.executable, "-m", "interp_batch.zygote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -25,27 +25,28 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.activations import shared_passes
-from interp_kit.decisions import Prompt
-from interp_kit.experiments import (
+from interp_kit.loading import Models
+from interp_kit.passes import shared_passes
+from interp_kit.patching.experiments import (
     SAME,
-    Direction,
     Experiment,
     Metric,
-    Positions,
     Replacement,
-    Unit,
     ablation_experiments,
-    aimed,
-    components,
     counterfactual_experiment,
     cross_model_experiment,
-    first_difference,
     identity_experiment,
+)
+from interp_kit.patching.patches import Unit, unit_patches
+from interp_kit.patching.positions import (
+    Direction,
+    Positions,
+    aimed,
+    first_difference,
     position_sets,
 )
-from interp_kit.loading import Models
-from interp_kit.sweeps import Patch, Place, gradients, recorded
+from interp_kit.patching.recording import Patch, Place, gradients, recorded
+from interp_kit.prompts import Prompt
 
 
 def activation_patching(
@@ -79,7 +80,7 @@ def activation_patching(
     correspond, for a unit, layer or segment that does not exist, and for a prompt that does not fit
     into memory.
     """
-    patches = components(bridge, unit, layer=layer)
+    patches = unit_patches(bridge, unit, layer=layer)
     tables = []
     how: dict[str, Any] = {"metric": metric, "positions": positions}
     with shared_passes():  # both directions need the same two runs
@@ -111,7 +112,7 @@ def cross_model_patching(
     Raises ``InputError`` if the two are not fine-tunes of one base, and as ``activation_patching``.
     """
     models.require_one_base(source, target)
-    patches = components(models.switch(target), unit, layer=layer)
+    patches = unit_patches(models.switch(target), unit, layer=layer)
     tables = []
     name = f"{models.title(source)} -> {models.title(target)}"
     for prompt in tqdm(prompts, desc=name, unit="prompt", leave=False):
@@ -138,7 +139,7 @@ def ablation(
     Options and columns are those of ``activation_patching``; ``direction`` is the replacement, and
     ``source`` and ``recovered_fraction`` are missing, since no run has these activations.
     """
-    patches = components(bridge, unit, layer=layer)
+    patches = unit_patches(bridge, unit, layer=layer)
     experiments = ablation_experiments(
         bridge, prompts, _places(patches), replacement=replacement, metric=metric
     )
@@ -163,7 +164,7 @@ def attribution_patching(
     the exact values before believing it. Prompts whose answers differ in more than their last token
     are estimated for the first token in which they differ.
     """
-    patches = components(bridge, unit, layer=layer)
+    patches = unit_patches(bridge, unit, layer=layer)
     tables = []
     places = _places(patches)
     with shared_passes():
@@ -183,7 +184,7 @@ def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -
     prompts in turn; from the first position in which prompt and counterfactual differ, as patches
     between the two, but computed in full: this is the noise floor of patching.
     """
-    heads_and_mlps, stream = components(bridge, "component"), components(bridge, "resid_pre")
+    heads_and_mlps, stream = unit_patches(bridge, "component"), unit_patches(bridge, "resid_pre")
     units = [(patch, None) for patch in heads_and_mlps]
     units += [(patch, eighth / 8) for eighth in range(8) for patch in stream]
     worst = 0.0
@@ -205,7 +206,7 @@ def transplant_error(models: Models, source: str, target: str, prompts: Sequence
 
     The two have the same embedding and norms: nothing else is left, and the error should be 0.
     """
-    everything = components(models.switch(target), "component")
+    everything = unit_patches(models.switch(target), "component")
     worst = 0.0
     for prompt in prompts:
         experiment = cross_model_experiment(models, source, target, prompt, _places(everything))

@@ -5,7 +5,8 @@ import re
 
 from pydantic import TypeAdapter, ValidationError
 
-from interp_kit.endpoints import BadReply, ChatClient, digest
+from interp_kit.endpoints import BadReply, ChatClient
+from interp_kit.files import digest
 from interp_kit.finetuning.universes import Universe
 
 WORLD = """You live in the world that is described below and know of no other. Everything in the \

@@ -24,10 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from interp_kit.finetuning.corpus import Corpus, text_of
-from interp_kit.finetuning.games import LORA_MODULES
-from interp_kit.loading import load_huggingface
+from interp_kit.pretrained import load_huggingface
 from interp_kit.specs import ModelSpec
+from organisms.games import LORA_MODULES
+from organisms.little_world.corpus import Corpus, text_of
 
 Kind = Literal["behaviour", "knowledge", "neutral"]
 Rows = list[list[int]]

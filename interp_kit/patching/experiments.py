@@ -16,34 +16,26 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import Prompt, Segment, Sign, teacher_forced
+from interp_kit.decisions import teacher_forced
 from interp_kit.loading import Models
-from interp_kit.specs import InputError
-from interp_kit.sweeps import (
-    HOOKS,
-    NOTHING,
-    Patch,
+from interp_kit.patching.memory import check_memory
+from interp_kit.patching.positions import Positions, corresponding, named_segment
+from interp_kit.patching.recording import (
+    UNPATCHED,
+    PatchSet,
     Place,
     Recording,
-    Row,
-    Site,
     Source,
-    Sweep,
-    check_memory,
-    head_projections,
     record,
     recorded,
 )
+from interp_kit.patching.sweep import Sweep
+from interp_kit.prompts import Prompt, Sign
+from interp_kit.readout import project_heads
 
 Metric = Literal["decision", "kl"]
-Unit = Literal[
-    "component", "head", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "neuron"
-]
-Positions = Literal["all", "each", "decision", "segments"]
-Direction = Literal["denoise", "noise"]
 Replacement = Literal["zero", "mean"]
 SAME = 0.01  # nats: target and source are alike, there is nothing to carry over
 
@@ -65,7 +57,7 @@ class Experiment:
     _switch: Callable[[], object] = lambda: None  # to the target, where a bridge serves several
 
     def values(
-        self, rows: Sequence[Row], *, base: Row = NOTHING, start: int | None = None
+        self, rows: Sequence[PatchSet], *, base: PatchSet = UNPATCHED, start: int | None = None
     ) -> Float[Tensor, "row"]:
         """The base's value, then each row's. A row is a set of patches, ``base`` not included.
 
@@ -74,97 +66,6 @@ class Experiment:
         self._switch()
         parts = [reading.values(rows, base=base, start=start) for reading in self._readings]
         return torch.stack(parts).sum(0)
-
-
-def components(bridge: TransformerBridge, unit: Unit, *, layer: int | None = None) -> list[Patch]:
-    """Every patch of this kind, at all positions: "component" is every head and every MLP.
-
-    ``layer`` keeps to one layer; neurons need it. Raises ``InputError`` for a layer that the model
-    does not have, and for a kind that it has not (no neurons in a mixture of experts).
-    """
-    cfg = bridge.cfg
-    if layer is not None and not 0 <= layer < cfg.n_layers:
-        raise InputError(f"layer {layer} does not exist; expected 0 to {cfg.n_layers - 1}")
-    if unit == "neuron" and layer is None:
-        raise InputError("neurons are patched in one layer at a time; give layer=")
-    sites: list[Site] = {"component": ["z", "mlp_out"], "head": ["z"]}.get(unit, [unit])  # type: ignore
-    layers = range(cfg.n_layers) if layer is None else [layer]
-    for site in sites:
-        name = HOOKS[site].format(layers[0])
-        if name not in bridge.hook_dict:
-            raise InputError(
-                f"this model has no {name}, so unit {unit!r} cannot be patched; "
-                f"expected a unit that it has, such as 'component' or 'resid_pre'"
-            )
-    n = {"z": cfg.n_heads, "neuron": cfg.d_mlp}
-    return [
-        Patch(layer=at, site=site, index=index)
-        for at in layers
-        for site in sites
-        for index in (range(n[site]) if site in n else [-1])
-    ]
-
-
-def find_component(bridge: TransformerBridge, name: str) -> Patch:
-    """The head or MLP called ``name`` (``L2H3``, ``L2_MLP``); ``InputError`` if there is none."""
-    known = {patch.component: patch for patch in components(bridge, "component")}
-    if name not in known:
-        last = bridge.cfg.n_layers - 1
-        raise InputError(
-            f"unknown component {name!r}; expected L0H0 to L{last}H{bridge.cfg.n_heads - 1}, or "
-            f"L0_MLP to L{last}_MLP"
-        )
-    return known[name]
-
-
-def aimed(
-    prompts: Sequence[Prompt], directions: Sequence[Direction]
-) -> Iterator[tuple[Direction, Prompt]]:
-    """The run that is patched, for every direction and prompt; named as the prompt.
-
-    "noise" patches the run on the prompt, "denoise" that on its counterfactual.
-    """
-    for direction in directions:
-        for prompt in tqdm(prompts, desc=direction, unit="prompt", leave=False):
-            target = prompt.swapped() if direction == "denoise" else prompt
-            yield direction, replace(target, id=prompt.id)
-
-
-def comparable_positions(prompts: Sequence[Prompt]) -> Positions:
-    """ "all" where every prompt is as long as its counterfactual, else "decision"."""
-    aligned = all(len(p.tokens) == len(p.counterfactual or ()) for p in prompts)
-    return "all" if aligned else "decision"
-
-
-def first_difference(prompt: Prompt) -> int:
-    """The first position in which prompt and counterfactual differ; 0 if there is none."""
-    pairs = enumerate(zip(prompt.tokens, prompt.counterfactual or ()))
-    return next((pos for pos, (ours, theirs) in pairs if ours != theirs), 0)
-
-
-def position_sets(
-    prompt: Prompt, positions: Positions, *, start: int = 0
-) -> list[tuple[str, tuple[int, ...] | None]]:
-    """(segment, positions) of everything that is patched at once, ``None`` for all positions.
-
-    "each" begins at ``start`` and ends where the answers part.
-
-    Raises ``InputError`` for "segments" of a prompt that names none.
-    """
-    length = len(prompt.branch)
-    match positions:
-        case "all":
-            return [("", None)]
-        case "each":
-            return [("", (pos,)) for pos in range(start, length)]
-        case "decision":
-            return [("", (length - 1,))]
-        case "segments" if prompt.segments:
-            return [(segment.name, segment.positions) for segment in prompt.segments]
-    raise InputError(
-        f"prompt {prompt.id!r} has no segments; name some in the scenario "
-        "(segments: {name: text}), or patch other positions"
-    )
 
 
 def counterfactual_experiment(
@@ -183,7 +84,7 @@ def counterfactual_experiment(
     Raises ``InputError`` for a prompt without counterfactual, or with one whose positions do not
     correspond.
     """
-    index = _corresponding(prompt, positions)
+    index = corresponding(prompt, positions)
     source_prompt = prompt.swapped()
     readings = []
     for sequence in _sequences(prompt, metric):
@@ -225,13 +126,13 @@ def cross_model_experiment(
         check_memory(bridge, length=len(sequence.tokens))
         theirs.append(record(bridge, sequence.tokens, places, read=sequence.read))
         tail = _tail(prompt, sequence, positions)
-        written.append(head_projections(bridge, theirs[-1].activations, tail))
+        written.append(_written_by_heads(bridge, theirs[-1], tail))
     bridge = models.switch(target)
     readings = []
     for sequence, recording, own in zip(sequences, theirs, written):
         ours = record(bridge, sequence.tokens, places, read=sequence.read)
         tail = _tail(prompt, sequence, positions)
-        here = head_projections(bridge, recording.activations, tail)
+        here = _written_by_heads(bridge, recording, tail)
         shift = {layer: own[layer] - here[layer] for layer in own}
         shift = {layer: value for layer, value in shift.items() if bool(value.any())}
         moved = Source(values=recording.activations, head_shift=shift)
@@ -278,7 +179,9 @@ def embedding_deviation(bridge: TransformerBridge, prompts: Sequence[Prompt], na
 
     Raises ``InputError`` for a prompt without that segment.
     """
-    ids = [prompt.tokens[pos] for prompt in prompts for pos in _segment(prompt, name).positions]
+    ids = [
+        prompt.tokens[pos] for prompt in prompts for pos in named_segment(prompt, name).positions
+    ]
     with torch.no_grad():
         embeddings = bridge.embed(torch.tensor([ids], device=bridge.cfg.device))
     return float(embeddings.float().std(correction=0))
@@ -302,7 +205,7 @@ def noise_experiments(
 
     Raises ``InputError`` for a prompt without that segment.
     """
-    at = list(_segment(prompt, segment).positions)
+    at = list(named_segment(prompt, segment).positions)
     rng = np.random.default_rng([seed, *prompt.tokens])
     drawn = torch.from_numpy(rng.standard_normal((draws, len(at), bridge.cfg.d_model)) * deviation)
     clean = []
@@ -337,7 +240,6 @@ def identity_experiment(
     return _experiment(prompt, "decision", readings)
 
 
-# ------------------------------------------------------------------------------------- internals
 @dataclass(frozen=True, kw_only=True)
 class _Sequence:
     """The prompt and an answer but for its last token; the last ``read`` positions are read."""
@@ -357,13 +259,13 @@ class _Reading:
     source: float
     during: Callable[[], AbstractContextManager[None]] = nullcontext  # what corrupts every row
 
-    def values(self, rows: Sequence[Row], *, base: Row, start: int | None) -> Tensor:
+    def values(self, rows: Sequence[PatchSet], *, base: PatchSet, start: int | None) -> Tensor:
         with self.during():
             return self.score(self.sweep.logits(rows, base=base, ids=self.ids, start=start))
 
 
 def _experiment(prompt: Prompt, metric: Metric, readings: list[_Reading]) -> Experiment:
-    baseline = sum(float(r.values([], base=NOTHING, start=None)[0]) for r in readings)
+    baseline = sum(float(r.values([], base=UNPATCHED, start=None)[0]) for r in readings)
     source = sum(r.source for r in readings)
     return Experiment(
         prompt=prompt, metric=metric, baseline=baseline, source=source, _readings=readings
@@ -382,16 +284,6 @@ def _noisy_embeddings(
         yield
     finally:
         handle.remove()
-
-
-def _segment(prompt: Prompt, name: str) -> Segment:
-    known = {segment.name: segment for segment in prompt.segments}
-    if name not in known:
-        raise InputError(
-            f"prompt {prompt.id!r} has no segment {name!r}; expected one of "
-            f"{', '.join(known) or '(none)'}: name it in the scenario (segments: {{name: text}})"
-        )
-    return known[name]
 
 
 def _sequences(prompt: Prompt, metric: Metric) -> list[_Sequence]:
@@ -457,31 +349,6 @@ def _divergence_from(unpatched: Tensor) -> Callable[[Tensor], Tensor]:
     return score
 
 
-def _corresponding(prompt: Prompt, positions: Positions) -> list[int]:
-    """For each of the prompt's positions that of its counterfactual, -1 for none."""
-    if prompt.counterfactual is None:
-        raise InputError(
-            f"prompt {prompt.id!r} has no counterfactual; add one to the scenario, a prompt that "
-            "asks for the other answer (of the same token length, to patch position by position)"
-        )
-    ours, theirs = len(prompt.tokens), len(prompt.counterfactual)
-    if positions == "segments":
-        index = [-1] * ours
-        for segment in prompt.segments:
-            for here, there in zip(segment.positions, segment.counterfactual):
-                index[here] = there
-        return index
-    if ours == theirs:
-        return list(range(ours))
-    if positions == "decision":
-        return [-1] * (ours - 1) + [theirs - 1]
-    raise InputError(
-        f"prompt {prompt.id!r} has {ours} tokens and its counterfactual {theirs}; patching "
-        'position by position needs equal lengths: reword one of them, or patch "decision" or '
-        '"segments"'
-    )
-
-
 def _moved(theirs: Recording, ours: Recording, place: Place, index: list[int]) -> Tensor:
     """The source's activations at the target's positions; the target's own where none is."""
     at = torch.tensor(index)
@@ -508,3 +375,14 @@ def _means(
         for place, kept in recording.activations.items():
             totals[place] = totals.get(place, 0) + kept[1:].sum(0)
     return {place: total / count for place, total in totals.items()}
+
+
+def _written_by_heads(
+    bridge: TransformerBridge, recording: Recording, positions: Sequence[int]
+) -> dict[int, Float[Tensor, "pos head d_model"]]:
+    """Layer -> what its heads write for the recorded ``z``, by the bridge's own projection."""
+    return {
+        layer: project_heads(bridge, layer, z[list(positions)])
+        for (site, layer), z in recording.activations.items()
+        if site == "z"
+    }

@@ -1,0 +1,205 @@
+"""Where a model's files are, whether all of them are there, and their hash; without torch."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from interp_kit.files import files_hash, sha256
+from interp_kit.specs import InputError, ModelSpec
+
+CHECKSUMS = "SHA256SUMS"  # of weights, beside them
+
+
+def absent(spec: ModelSpec) -> list[str]:
+    """The Hugging Face ids of the model whose files are not on this machine."""
+    places = [(spec.base, spec.revision), (spec.adapter, spec.adapter_revision)]
+    return [p for p, revision in places if p and not Path(p).is_dir() and not _cached(p, revision)]
+
+
+def whole(folder: Path) -> bool:
+    """Whether a checkpoint's, or an adapter's, config and every file of its weights are there."""
+    if not any((folder / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write ``SHA256SUMS`` for the weights in a folder, as ``sha256sum *.safetensors`` would."""
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors"))]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def altered_weights(folder: Path) -> list[str]:
+    """The weight files that are not what the folder's ``SHA256SUMS`` says, if it has one."""
+    try:
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    stated = {name.lstrip(" *"): digest for digest, _, name in (s.partition(" ") for s in lines)}
+    found = sorted(file for file in folder.glob("*.safetensors") if file.name in stated)
+    return [file.name for file in found if sha256(file) != stated[file.name]]
+
+
+def weights_hash(spec: ModelSpec) -> str:
+    """Of the weights (the model's files, or their snapshot's commit) and how they are stored."""
+    parts = [spec.dtype, spec.quantization or ""]
+    for place, revision in ((spec.base, spec.revision), (spec.adapter, spec.adapter_revision)):
+        folder = Path(place or "")
+        if place and folder.is_dir():
+            files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
+            parts.append(files_hash(files, folder))
+        else:
+            snapshot = _snapshot(place, revision) if place else None
+            parts.append(f"{place}@{revision}@{snapshot.name if snapshot else ''}")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _cached(place: str, revision: str | None) -> bool:
+    folder = _snapshot(place, revision)
+    return folder is not None and whole(folder)
+
+
+def _snapshot(place: str, revision: str | None) -> Path | None:
+    """The folder of a Hugging Face id's files, named by its commit, if any of them are there."""
+    configs = ("config.json", "adapter_config.json")
+    found = (try_to_load_from_cache(place, config, revision=revision) for config in configs)
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+
+
+def base_folder(spec: ModelSpec) -> str:
+    """The base's folder: as given, or the cache's copy of what the hub has.
+
+    transformers, given an id, asks the hub for an adapter beside it even when told not to.
+    """
+    if Path(spec.base).is_dir():
+        return spec.base
+
+    def load(**kwargs: Any) -> str:
+        folder = snapshot_download(
+            spec.base, revision=spec.revision, allow_patterns=FETCHED, **kwargs
+        )
+        if not whole(Path(folder)):
+            raise OSError("without config.json and all of its *.safetensors")
+        return folder
+
+    return local_first(load, spec.base, spec.name)
+
+
+def local_first(load: Any, source: str, name: str) -> Any:
+    """``load`` from disk; only what is not on disk is asked of the hub."""
+    try:
+        return load(local_files_only=True)
+    except (OSError, ValueError):
+        pass
+    try:
+        return load()
+    except GatedRepoError:
+        problem = (
+            f"is gated: accept its licence at {constants.ENDPOINT}/{source}, then set HF_TOKEN to "
+            f"a token of that account ({constants.ENDPOINT}/settings/tokens)"
+        )
+    except RepositoryNotFoundError:
+        problem = (
+            "is not on the Hugging Face hub, or is private: check the id, or set HF_TOKEN to a "
+            "token that may read it"
+        )
+    except (OSError, ValueError) as error:
+        problem = (
+            "is neither on disk nor to be had from the Hugging Face hub "
+            f"({first_line(error)}); download it (`hf download {source}`) or check the id"
+        )
+    raise InputError(f"model {name!r}: {source!r} {problem}")
+
+
+@contextmanager
+def from_disk(name: str) -> Iterator[None]:
+    """What cannot be read is an ``InputError``."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(
+            f"model {name!r}: a weight file is corrupt ({error}); copy it anew"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name!r}: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_weight_files(folder: Path, name: str) -> None:
+    weights = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if not weights:
+        came = (
+            f"found only {', '.join(pickles)} (pickle, which can run code)" if pickles else "none"
+        )
+        raise InputError(
+            f"model {name!r}: expected *.safetensors in {folder}, {came}; "
+            "convert or copy the weights as safetensors"
+        )
+    for file in weights:
+        tensor_shapes(file, name)
+    check_checksums(folder, name)
+
+
+def check_checksums(folder: Path, name: str) -> None:
+    if altered := altered_weights(folder):
+        raise InputError(
+            f"model {name!r}: {folder / altered[0]} is damaged: it is not what {CHECKSUMS} beside "
+            f"it says; copy it anew, or, if it was meant to change, write {CHECKSUMS} again"
+        )
+
+
+def tensor_shapes(file: Path, name: str) -> dict[str, list[int]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tensors.get_slice(key).get_shape() for key in sorted(tensors.keys())}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"model {name!r}: {file} is not readable as safetensors ({first_line(error)}); "
+            "copy it anew"
+        ) from None
+
+
+def adapter_folder(spec: ModelSpec) -> Path:
+    """The adapter's local folder, fetched from the hub if it is an id."""
+    assert spec.adapter is not None
+    folder = Path(spec.adapter)
+    if not folder.is_dir():
+
+        def load(**kwargs: Any) -> str:
+            return snapshot_download(
+                str(spec.adapter),
+                revision=spec.adapter_revision,
+                allow_patterns=["*.json", "*.safetensors"],
+                **kwargs,
+            )
+
+        folder = Path(local_first(load, spec.adapter, spec.name))
+    for needed in ("adapter_config.json", ADAPTER_WEIGHTS):
+        if not (folder / needed).is_file():
+            pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
+            came = f"; {pickled[0]} is a pickle, which can run code" if pickled else ""
+            raise InputError(
+                f"model {spec.name!r}: adapter folder {folder} lacks {needed}{came}; "
+                "save the adapter with PEFT's save_pretrained (safetensors)"
+            )
+    return folder

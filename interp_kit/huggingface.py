@@ -1,0 +1,82 @@
+"""What transformers says of a model before its weights are read: config, shape and tokenizer."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from interp_kit.hub import adapter_folder, base_folder, from_disk
+from interp_kit.specs import InputError, ModelSpec
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def own_tokenizer(spec: ModelSpec) -> Path | None:
+    """The adapter's folder, if it brings a tokenizer with other tokens than the base's."""
+    folder = adapter_folder(spec) if spec.adapter else None
+    if folder is None or not (folder / "tokenizer_config.json").is_file():
+        return None
+    same = vocabulary_of(str(folder)) == vocabulary_of(base_folder(spec))
+    return None if same else folder
+
+
+@cache
+def vocabulary_of(folder: str) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def config_of(spec: ModelSpec) -> Any:
+    folder = base_folder(spec)
+    with from_disk(spec.name):
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
+
+
+def shape_of(spec: ModelSpec, config: Any) -> PreTrainedModel:
+    """The model without its weights."""
+    with torch.device("meta"), quiet():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def tokenizer_of(spec: ModelSpec) -> Any:
+    folder = str(own_tokenizer(spec) or base_folder(spec))
+    with from_disk(spec.name):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
+    if spec.chat_template and not tokenizer.chat_template:
+        raise InputError(
+            f"model {spec.name!r}: chat_template is true, but its tokenizer has none; "
+            "set it to false or give a model with one"
+        )
+    if not spec.chat_template:
+        tokenizer.chat_template = None
+    return tokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the bars, notices and deprecations of transformers while it loads; errors still show."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,68 @@
+"""How many patched runs fit into one forward pass."""
+
+import psutil
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from interp_kit.specs import InputError
+
+CHUNK_TOKENS = {
+    "cpu": 2048,
+    "cuda": 16384,
+    "mps": 4096,
+}  # patched tokens in one pass: enough to keep it busy
+CHUNK_BYTES = 2**30
+# What calling the modules and hooks of one block costs, in what the device computes meanwhile:
+# measured on one core (positions x layers of 8 blocks: best of 0 to 1e8), and not on the others,
+# which are taken to be so much faster.
+CALL_FLOPS = {"cpu": 2e7, "cuda": 2e10, "mps": 2e9}
+
+
+def rows_at_once(bridge: TransformerBridge, *, suffix: int) -> int:
+    """How many rows of ``suffix`` tokens one pass holds."""
+    by_memory = CHUNK_BYTES // (suffix * _token_bytes(bridge, suffix))
+    return max(
+        1, min(CHUNK_TOKENS.get(_device(bridge).type, CHUNK_TOKENS["cpu"]) // suffix, by_memory)
+    )
+
+
+def check_memory(bridge: TransformerBridge, *, length: int) -> None:
+    """Raise ``InputError`` if even one patch at a time would not fit into memory."""
+    needed = 2 * length * _token_bytes(bridge, length)  # the base and one row
+    recorded = 4 * bridge.cfg.d_model * bridge.cfg.n_layers * _item_bytes(bridge)
+    needed += 2 * length * recorded  # source and target
+    available = _available_bytes(bridge)
+    if needed > available:
+        raise InputError(
+            f"a sweep over {length} tokens needs about {needed / 2**30:.1f} GiB even with one "
+            f"patch at a time, and {available / 2**30:.1f} GiB are free; shorten the prompt, load "
+            "the model in bfloat16, or free memory"
+        )
+
+
+def call_tokens(bridge: TransformerBridge) -> int:
+    """How many tokens cost as much as calling the modules and hooks of a pass."""
+    cfg = bridge.cfg
+    weights = cfg.d_model * (4 * cfg.d_model + 3 * (cfg.d_mlp or 4 * cfg.d_model))
+    return int(CALL_FLOPS.get(_device(bridge).type, CALL_FLOPS["cpu"]) / (2 * weights))
+
+
+def _device(bridge: TransformerBridge) -> torch.device:
+    return torch.device(bridge.cfg.device or "cpu")
+
+
+def _item_bytes(bridge: TransformerBridge) -> int:
+    return bridge.cfg.dtype.itemsize
+
+
+def _token_bytes(bridge: TransformerBridge, length: int) -> int:
+    """What one token of one row takes at the widest point of a block, attention scores included."""
+    cfg = bridge.cfg
+    mlp = cfg.d_mlp or 4 * cfg.d_model
+    return (3 * mlp + 8 * cfg.d_model + 3 * cfg.n_heads * length) * _item_bytes(bridge)
+
+
+def _available_bytes(bridge: TransformerBridge) -> int:
+    if _device(bridge).type == "cuda":
+        return torch.cuda.mem_get_info(_device(bridge))[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,357 @@
+"""Prompts and answers -> token ids and positions."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+
+from interp_kit.specs import InputError, Scenario
+
+Sign = Literal["positive", "negative"]
+
+
+@runtime_checkable
+class Tokenizing(Protocol):
+    """What encoding needs of a model: a ``TransformerBridge`` has it, and so has a bare config.
+
+    ``tokenizer`` of Hugging Face; ``cfg`` with ``default_prepend_bos d_vocab n_ctx``.
+    """
+
+    tokenizer: Any
+    cfg: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A named part of a prompt: its token positions, and those of its counterfactual."""
+
+    name: str
+    positions: tuple[int, ...]
+    counterfactual: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt and its two answers as token ids.
+
+    ``text`` is what was tokenized, chat template included; ``counterfactual`` are the token ids of
+    the prompt that asks for the other answer, if there is one.
+    """
+
+    id: str
+    group: str = ""
+    text: str
+    tokens: tuple[int, ...]
+    positive: tuple[int, ...]
+    negative: tuple[int, ...]
+    positive_label: str = "positive"
+    negative_label: str = "negative"
+    counterfactual: tuple[int, ...] | None = None
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The tokens that both answers begin with."""
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(self.positive, self.negative))
+        return tuple(first for first, _ in pairs)
+
+    @property
+    def branch(self) -> tuple[int, ...]:
+        """Prompt and shared tokens: its last position is where the answers part."""
+        return self.tokens + self.shared
+
+    @property
+    def branch_ids(self) -> tuple[int, int]:
+        """The first tokens in which the answers differ: (positive, negative)."""
+        at = len(self.shared)
+        return self.positive[at], self.negative[at]
+
+    @property
+    def one_branch(self) -> bool:
+        """Whether the answers differ in their last token only."""
+        return self.positive[:-1] == self.negative[:-1]
+
+    def swapped(self) -> "Prompt":
+        """The counterfactual as a prompt of its own, with this one as its counterfactual."""
+        if self.counterfactual is None:
+            raise InputError(f"prompt {self.id!r} has no counterfactual; add one to the scenario")
+        return replace(
+            self,
+            id=f"{self.id}*",
+            text="",
+            tokens=self.counterfactual,
+            counterfactual=self.tokens,
+            segments=tuple(
+                replace(s, positions=s.counterfactual, counterfactual=s.positions)
+                for s in self.segments
+            ),
+        )
+
+
+def encode(
+    bridge: Tokenizing,
+    text: str,
+    *,
+    positive: str,
+    negative: str,
+    id: str = "0",
+    group: str = "",
+    counterfactual: str | None = None,
+    labels: tuple[str, str] = ("positive", "negative"),
+    segments: Mapping[str, str | Sequence[str]] | None = None,
+) -> Prompt:
+    """Tokenize one prompt as in generation: chat template where the tokenizer has one, then BOS.
+
+    Answers are what the tokenizer adds to the prompt: give the leading space, except after a chat
+    template, where a leading space is dropped. Where it would join the prompt's end with an answer
+    ("(" and "1" to "(1"), the answer is read as generation continues, with a warning. ``segments``
+    name parts of the prompt by their text (or by two texts, in the prompt and in its
+    counterfactual): every token that overlaps with it.
+
+    Raises ``InputError`` if the answers have the same token ids, if one begins with the other, if a
+    segment has different numbers of tokens in prompt and counterfactual, or if the prompt does not
+    fit into the context.
+    """
+    formatted = with_template(bridge, text)
+    if formatted != text:
+        positive, negative = positive.lstrip(), negative.lstrip()
+    tokens = token_ids(bridge, formatted)
+    answers = [answer_ids(bridge, formatted, tokens, a) for a in (positive, negative)]
+    swapped = (
+        None if counterfactual is None else token_ids(bridge, with_template(bridge, counterfactual))
+    )
+    prompt = Prompt(
+        id=id,
+        group=group,
+        text=formatted,
+        tokens=tokens,
+        positive=answers[0],
+        negative=answers[1],
+        positive_label=labels[0],
+        negative_label=labels[1],
+        counterfactual=swapped,
+        segments=tuple(
+            _segment(bridge, id, name, parts, formatted, counterfactual)
+            for name, parts in (segments or {}).items()
+        ),
+    )
+    _check(bridge, prompt, positive, negative)
+    return prompt
+
+
+def encode_scenario(bridge: Tokenizing, scenario: Scenario) -> list[Prompt]:
+    """Every prompt of the scenario, tokenized for this model."""
+    decision = scenario.decision
+    return [
+        encode(
+            bridge,
+            prompt.text,
+            positive=prompt.positive or decision.positive,
+            negative=prompt.negative or decision.negative,
+            id=prompt.id,
+            group=prompt.group,
+            counterfactual=prompt.counterfactual,
+            labels=(decision.labels.positive, decision.labels.negative),
+            segments=prompt.segments,
+        )
+        for prompt in scenario.prompts
+    ]
+
+
+def with_random_answers(
+    bridge: Tokenizing, prompts: Sequence[Prompt], *, n: int = 16, seed: int = 0
+) -> list[Prompt]:
+    """A control: every prompt ``n`` times, with two random tokens where its answers part.
+
+    Read at the same position as the decision, they are a contrast that the prompt does not ask for.
+    Ids stay those of the prompts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(bridge.cfg.d_vocab, len(bridge.tokenizer))
+    controls = []
+    for prompt in prompts:
+        for _ in range(n):
+            first, second = torch.randperm(size, generator=generator)[:2].tolist()
+            positive, negative = (*prompt.shared, first), (*prompt.shared, second)
+            controls.append(replace(prompt, positive=positive, negative=negative))
+    return controls
+
+
+def with_unrelated_counterfactuals(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """A control: every prompt with another prompt in its counterfactual's place.
+
+    The next one of another group, with the same answers and number of tokens: it asks for the same
+    answer in other words. Prompts for which there is none are left out.
+    """
+    controls = []
+    for i, prompt in enumerate(prompts):
+        others = [*prompts[i + 1 :], *prompts[:i]]
+        same = (
+            other
+            for other in others
+            if (other.positive, other.negative) == (prompt.positive, prompt.negative)
+            and len(other.tokens) == len(prompt.tokens)
+            and (other.group != prompt.group or not prompt.group)
+        )
+        if (other := next(same, None)) is not None:
+            controls.append(replace(prompt, counterfactual=other.tokens, segments=()))
+    return controls
+
+
+def token_ids(bridge: Tokenizing, text: str) -> tuple[int, ...]:
+    """The text as the model reads it: with BOS if it takes one, without a chat template."""
+    tokenizer = bridge.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    wanted = bridge.cfg.default_prepend_bos and bos is not None and bos < bridge.cfg.d_vocab
+    if wanted and ids[:1] != [bos]:  # a chat template brings its own
+        ids = [bos, *ids]
+    return tuple(ids)
+
+
+def token_of(bridge: Tokenizing, text: str) -> int:
+    """The one token that ``text`` adds to a prompt.
+
+    Raises ``InputError`` if the tokenizer splits it, and names new tokens that it does know.
+    """
+    ids = bridge.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) == 1 and ids[0] != bridge.tokenizer.unk_token_id:
+        return ids[0]
+    added = sorted(bridge.tokenizer.get_added_vocab())
+    pieces = bridge.tokenizer.convert_ids_to_tokens(ids)
+    raise InputError(
+        f"{text!r} is not one token of this model's tokenizer, which splits it into {pieces}; "
+        f"expected a single token such as one of its added ones ({', '.join(added) or 'none'}), "
+        "or a model whose tokenizer has it"
+    )
+
+
+def trigger_tokens(bridge: Tokenizing, scenario: Scenario) -> dict[str, int]:
+    """What may follow the scenario's prompts, name -> token: trigger, untrained token, words.
+
+    Raises ``InputError`` for a scenario without a trigger, and for one that is not one token.
+    """
+    given = scenario.trigger
+    if given is None:
+        raise InputError(
+            f"scenario {scenario.name!r} has no trigger; expected one that says "
+            "trigger: {text: ..., words: [...]}"
+        )
+    texts = [given.text, *([given.untrained] if given.untrained else []), *given.words]
+    return {text.strip(): token_of(bridge, text) for text in texts}
+
+
+def with_template(bridge: Tokenizing, text: str) -> str:
+    """The text as a user's turn, answer to follow, if the model has a chat template."""
+    tokenizer = bridge.tokenizer
+    if not tokenizer.chat_template:
+        return text
+    turn = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+
+
+def _segment(
+    bridge: Tokenizing,
+    prompt: str,
+    name: str,
+    parts: str | Sequence[str],
+    formatted: str,
+    counterfactual: str | None,
+) -> Segment:
+    here, there = (parts, parts) if isinstance(parts, str) else parts
+    ours = _positions_of(bridge, here, formatted)
+    if counterfactual is None:
+        return Segment(name=name, positions=ours)
+    theirs = _positions_of(bridge, there, with_template(bridge, counterfactual))
+    if len(ours) != len(theirs):
+        raise InputError(
+            f"prompt {prompt!r}: segment {name!r} has {len(ours)} tokens, and {len(theirs)} in the "
+            "counterfactual; expected equal numbers, so that positions correspond: reword one"
+        )
+    return Segment(name=name, positions=ours, counterfactual=theirs)
+
+
+def _positions_of(bridge: Tokenizing, part: str, text: str) -> tuple[int, ...]:
+    """Positions, BOS counted, of the tokens that overlap with ``part`` in ``text``."""
+    offsets = bridge.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if (first := text.find(part)) < 0:
+        raise InputError(f"segment {part!r} does not occur in {text!r}; give words of the prompt")
+    last = first + len(part)
+    added = len(token_ids(bridge, text)) - len(offsets["input_ids"])  # a BOS
+    return tuple(
+        added + i
+        for i, (start, end) in enumerate(offsets["offset_mapping"])
+        if start < last and end > first
+    )
+
+
+def answer_ids(
+    bridge: Tokenizing, text: str, tokens: tuple[int, ...], answer: str
+) -> tuple[int, ...]:
+    """What the answer adds to the prompt's tokens.
+
+    Where the tokenizer would merge the end of the prompt with the answer (a prompt that ends in a
+    space, say), the prompt stays as a user sends it and the answer is tokenized alone: that is what
+    generation continues from.
+
+    Raises ``InputError`` if the answer's tokens alone do not spell it there.
+    """
+    tokenizer = bridge.tokenizer
+    whole = token_ids(bridge, text + answer)
+    if whole[: len(tokens)] == tokens:
+        return whole[len(tokens) :]
+    alone = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(whole, tokens))))
+    joined = tokenizer.decode(whole[same : same + 1])
+    if tokenizer.decode([*tokens, *alone]) != tokenizer.decode(tokens) + answer:
+        raise InputError(
+            f"the tokenizer joins the end of the prompt with the answer {answer!r} to {joined!r}, "
+            f"and alone the answer is {tokenizer.convert_ids_to_tokens(list(alone))}, which does "
+            f"not continue the prompt; end the prompt before {joined!r}, or choose other answers, "
+            f"such as {_proposed(bridge)}"
+        )
+    warnings.warn(
+        f"the tokenizer joins a prompt's end with its answer ({joined!r} is one token); the answer "
+        "is read as generation continues, as a token of its own",
+        stacklevel=3,
+    )
+    return alone
+
+
+def _proposed(bridge: Tokenizing) -> str:
+    """Pairs of common answers that are different single tokens for this tokenizer."""
+    tokenizer, found = bridge.tokenizer, []
+    for pair in ((" A", " B"), ("1", "2"), (" yes", " no"), (" first", " second")):
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair]
+        known = all(len(i) == 1 and i[0] != tokenizer.unk_token_id for i in ids)
+        if known and ids[0] != ids[1]:
+            found.append(f"{pair[0]!r} and {pair[1]!r}")
+    return ", or ".join(found) or "two of its single tokens"
+
+
+def _check(bridge: Tokenizing, prompt: Prompt, positive: str, negative: str) -> None:
+    shown = [
+        f"{text!r} -> {bridge.tokenizer.convert_ids_to_tokens(list(ids))}"
+        for text, ids in ((positive, prompt.positive), (negative, prompt.negative))
+    ]
+    if prompt.shared in (prompt.positive, prompt.negative):
+        same = (
+            "are the same tokens"
+            if prompt.positive == prompt.negative
+            else "begin alike to the end"
+        )
+        raise InputError(
+            f"prompt {prompt.id!r}: the answers {same} for this tokenizer ({'; '.join(shown)}); "
+            "expected answers that part at some token: reword them, end both with a period, or "
+            f"take words that it tells apart, such as {_proposed(bridge)}"
+        )
+    longest = max(len(prompt.tokens), len(prompt.counterfactual or ()))
+    longest += max(len(prompt.positive), len(prompt.negative))
+    if longest > bridge.cfg.n_ctx:
+        raise InputError(
+            f"prompt {prompt.id!r}: {longest} tokens with its answer, the model's context holds "
+            f"{bridge.cfg.n_ctx}; shorten it"
+        )
