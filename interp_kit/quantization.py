@@ -1,6 +1,13 @@
 """Weights quantized to 4 or 8 bits by bitsandbytes.
 
-TODO
+No analysis reads a quantized weight: what analyses take from a model is what its modules compute.
+So that identities hold to rounding, as for any other model,
+
+- 4 bits multiply in the model's own dtype, and the experts of a mixture are quantized too;
+- 8 bits round the activations of each position by themselves. LLM.int8() would look for outliers
+  in the whole batch, and the numbers of a prompt would depend on its neighbours;
+- the projections by which heads are told apart stay unquantized: queries, keys and values in one
+  matrix, and, since 8 bits are not linear in the activations, the attention output.
 """
 
 import importlib.util
@@ -22,7 +29,7 @@ FUSED_QKV = ["c_attn", "query_key_value", "qkv_proj", "Wqkv"]
 ATTENTION_OUTPUT = ["o_proj", "attn.c_proj", "attention.dense", "attn.out_proj", "attn.dense"]
 EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 MOST_ROUNDED = 0.15  # of a random matrix, relative: NF4 loses 0.09, 8 bits 0.01
-# It says on import and at every multiplication which kernel it does not use.
+# bitsandbytes logs, on import and at every product, which kernel it does not use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -66,7 +73,7 @@ def _check_width(spec: ModelSpec, width: int, device: str) -> None:
     name = f"model {spec.name!r}: quantization {spec.quantization}"
     otherwise = "remove it from the spec, or use another machine"
     try:
-        lost = _lost(str(spec.quantization), width, device)
+        lost = rounding_error(str(spec.quantization), width, device)
     except Exception as error:  # whatever it raises, it cannot
         raise InputError(
             f"{name} does not work on {device} here ({first_line(error)}); {otherwise}"
@@ -86,7 +93,7 @@ def _widths(shape: PreTrainedModel) -> set[int]:
 
 
 @cache
-def _lost(quantization: str, width: int, device: str) -> float:
+def rounding_error(quantization: str, width: int, device: str) -> float:
     """Relative error of a product with a random matrix that bitsandbytes has quantized.
 
     Measured, because it is not what it should be everywhere: on processors with AVX-512, version

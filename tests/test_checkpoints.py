@@ -1,5 +1,6 @@
 """Ready specs load from the hub's file layout; identities hold where weights are quantized."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 
 from interp_batch.cli import app
 from interp_batch.matrix import _model_hash
-from interp_kit import loading
+from interp_kit import hub as hub_module
+from interp_kit import loading, quantization
 from interp_kit.analyses.activation_patching import (
     activation_patching,
     attribution_patching,
@@ -32,8 +34,10 @@ from interp_kit.analyses.lens import logit_lens
 from interp_kit.catalogue import find_model
 from interp_kit.decisions import decide
 from interp_kit.hub import absent, weights_hash
+from interp_kit.huggingface import config_of
 from interp_kit.loading import load_model, load_models
 from interp_kit.pretrained import inspect_model, load_huggingface
+from interp_kit.quantization import MOST_ROUNDED, rounding_error
 from interp_kit.specs import InputError, ModelSpec
 from tests.conftest import tiny_prompts
 from tests.test_patching import naive, segmented
@@ -53,15 +57,15 @@ TEMPLATE = (
 )
 
 
-def require(quantization: str | None) -> None:
+def require(kind: str | None) -> None:
     """Skip, with the reason, where the machine cannot quantize."""
-    if quantization:
+    if kind:
         pytest.importorskip("bitsandbytes")
         try:
-            lost = loading._lost(quantization, 64, "cpu")
+            lost = rounding_error(kind, 64, "cpu")
         except Exception as error:
             pytest.skip(f"bitsandbytes does not run here: {error}")
-        assert lost <= loading.MOST_ROUNDED
+        assert lost <= MOST_ROUNDED
 
 
 def publish(hub: Path, repository: str) -> Path:
@@ -241,7 +245,7 @@ def test_the_experts_of_a_mixture_are_quantized_to_4_bits_only(wide_folders):
     rounded = dequantize_4bit(*quantize_4bit(expert, quant_type="nf4"))
     held = bridge.original_model.get_submodule("model.layers.1.mlp.experts").down_proj
     assert torch.equal(held, rounded)
-    assert 0.05 < float((held - expert).norm() / expert.norm()) < loading.MOST_ROUNDED
+    assert 0.05 < float((held - expert).norm() / expert.norm()) < MOST_ROUNDED
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
@@ -265,7 +269,7 @@ def test_adapters_sit_on_a_quantized_base(wide_folders, tmp_path, quantization):
         original = getattr(original, "base_layer", original).weight
         assert change.shape == weight.shape == original.shape
         error = float((weight - original).norm() / original.norm())
-        assert error <= loading.MOST_ROUNDED
+        assert error <= MOST_ROUNDED
         assert (error == 0) == (quantization == "8bit" and module.endswith("o_proj"))
 
 
@@ -299,7 +303,7 @@ def both_refuse(spec: ModelSpec, monkeypatch) -> str:
 
 
 def test_quantization_without_bitsandbytes_is_refused(wide_folders, monkeypatch):
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     text = both_refuse(spec_of(wide_folders["llama"], quantization="4bit"), monkeypatch)
     assert 'pip install "interp-kit[quantization]"' in text
 
@@ -310,14 +314,16 @@ def test_quantization_that_does_not_run_is_refused(wide_folders, monkeypatch):
     def fail(*given):
         raise RuntimeError("no kernel for this device")
 
-    monkeypatch.setattr(loading, "_lost", fail)
+    monkeypatch.setattr(quantization, "rounding_error", fail)
     text = both_refuse(spec_of(wide_folders["llama"], quantization="4bit"), monkeypatch)
     assert "no kernel for this device" in text
 
 
 def test_quantization_that_computes_something_else_is_refused(wide_folders, monkeypatch):
     require("4bit")
-    monkeypatch.setattr(loading, "_lost", lambda q, width, d: 0.4 if width == 128 else 0.09)
+    monkeypatch.setattr(
+        quantization, "rounding_error", lambda q, width, d: 0.4 if width == 128 else 0.09
+    )
     text = both_refuse(spec_of(wide_folders["llama"], quantization="4bit"), monkeypatch)
     assert "matrices 128 wide with a relative error of 0.40" in text
 
@@ -333,7 +339,7 @@ def test_files_that_are_quantized_already_are_not_quantized_again(tmp_path, monk
 
 def test_a_model_that_does_not_fit_one_device_is_refused(wide_folders, monkeypatch):
     def spread(*given, **how):
-        model = AutoModelForCausalLM.from_config(loading._config(spec))
+        model = AutoModelForCausalLM.from_config(config_of(spec))
         model.lm_head.to("meta")
         return model
 
@@ -383,7 +389,7 @@ def test_what_the_hub_does_not_hand_out_says_how_to_get_it(monkeypatch, error, e
         response = Response(401, request=request)
         raise getattr(errors, error)("401 Client Error", response=response)
 
-    monkeypatch.setattr(loading, "snapshot_download", refuse)
+    monkeypatch.setattr(hub_module, "snapshot_download", refuse)
     text = both_refuse(ModelSpec(name="none", base="acme/none"), monkeypatch)
     assert expected in text
     assert "set HF_TOKEN to" in text
