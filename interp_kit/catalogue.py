@@ -65,7 +65,7 @@ def find_model(name: str, *, data: str | Path | None = None) -> ModelSpec:
         else:
             raise InputError(
                 f"{name!r} is a folder without model.yaml or config.json; expected a model spec "
-                "or a Hugging Face checkpoint folder"
+                "or a folder with a Hugging Face checkpoint"
             )
     if spec_file is not None:
         given = read_yaml(spec_file)

@@ -1,4 +1,4 @@
-"""Prompts and answers -> tokens, and the decision that every analysis is about.
+"""The metric: the decision that every analysis is about.
 
 decision = log p(positive answer | prompt) - log p(negative answer | prompt), in nats, of the whole
 answers. Positive values favour the answer that the scenario names ``positive``. Where the answers

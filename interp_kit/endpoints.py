@@ -55,9 +55,14 @@ class ChatClient:
         timeout: float = 120.0,
     ) -> None:
         if min(concurrency, attempts) < 1:
-            raise InputError("concurrency and attempts: expected at least 1 of each")
+            raise InputError(
+                f"expected concurrency and attempts of at least 1, got {concurrency} and {attempts}"
+            )
         if replay and not (cache and cache.is_file()):
-            raise InputError(f"replay needs the file of earlier replies, found none at {cache}")
+            raise InputError(
+                f"replay needs a file of earlier replies, and there is none at {cache}; "
+                "run once without replay"
+            )
         if not replay:
             _address()
         self.model, self.cache, self.replay = model, cache, replay
@@ -100,7 +105,7 @@ class ChatClient:
             raise self._refusal(error, key) from None
         except APIConnectionError as error:  # timeouts too
             what = type(error).__name__
-            raise NoReply(f"{self.model}: {what}, {self.attempts} attempts") from None
+            raise NoReply(f"{self.model}: no answer in {self.attempts} attempts ({what})") from None
         except (AttributeError, IndexError, TypeError, ValueError):
             raise BadReply("not a chat completion") from None
         if not isinstance(reply, str) or not reply.strip():
@@ -115,7 +120,7 @@ class ChatClient:
         status = error.status_code
         if status in (408, 409, 429) or status >= 500:
             return NoReply(
-                f"{self.model}: the endpoint answered {status}, {self.attempts} attempts"
+                f"{self.model}: the endpoint answered {status} in {self.attempts} attempts"
             )
         said = " ".join(error.message.replace(key, "***").split())[:200]
         return InputError(

@@ -32,7 +32,9 @@ class MultipleChoice(Identified):
     @classmethod
     def _one_letter(cls, given: Any) -> Any:
         if not isinstance(given, str):
-            raise ValueError(f"expected one letter, got {given!r}; give the one that is correct")
+            raise ValueError(
+                f"expected one letter, got {given!r}; give the letter of the correct option"
+            )
         return given
 
     @model_validator(mode="after")
@@ -48,7 +50,7 @@ class MultipleChoice(Identified):
         if self.correct_answer not in letters:
             raise ValueError(
                 f"correct_answer {self.correct_answer!r} is not one of the options "
-                f"{', '.join(letters)}; give the letter of the one that is correct"
+                f"{', '.join(letters)}; give the letter of the correct option"
             )
         texts = [text.strip() for text in self.options.values()]
         repeated = next((text for i, text in enumerate(texts) if text in texts[:i]), None)
@@ -131,7 +133,7 @@ class ProbingPrompt(Identified):
         if not self.full_prompt_text.endswith(self.decision_trigger):
             raise ValueError(
                 f"full_prompt_text ends in {self.full_prompt_text[-20:]!r}; expected it to end in "
-                f"decision_trigger {self.decision_trigger!r}, for there the model is read"
+                f"decision_trigger {self.decision_trigger!r}, where the model is read"
             )
         return self
 
@@ -144,7 +146,10 @@ def shared_beginning(first: str, second: str) -> tuple[str, str, str]:
     differ = (i for i, (a, b) in enumerate(zip(first, second)) if a != b)
     at = first.rfind(" ", 0, next(differ, min(len(first), len(second))))
     if at < 0:
-        raise InputError(f"{first!r} and {second!r} begin with different words; reword one")
+        raise InputError(
+            f"{first!r} and {second!r} begin with different words; expected a shared beginning: "
+            "reword one"
+        )
     return first[:at], first[at:], second[at:]
 
 

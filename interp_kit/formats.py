@@ -96,7 +96,7 @@ def _dilemmas(file: Path) -> dict[str, DilemmaSpec]:
         if dilemma.prompt_id in found:
             raise InputError(
                 f"{file}, record {number}: the prompt_id {dilemma.prompt_id!r} occurs twice; "
-                "make it distinct"
+                "give every record its own"
             )
         found[dilemma.prompt_id] = dilemma
     return found
@@ -111,11 +111,13 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Line(Spec):
+    """One object of a JSON Lines file, or part of one; unknown keys are ignored."""
+
     model_config = ConfigDict(extra="ignore")
 
 
 class Identified(Line):
-    """A line with an id; no two lines of a file share one."""
+    """A line with an id that no other line of its file has."""
 
     id: NonEmpty
 
@@ -172,16 +174,16 @@ def _records(file: Path, *, required: tuple[str, ...]) -> list[dict[str, Any]]:
         wrong = next((k for k in required if not isinstance(record[k], str)), None)
         if wrong is not None:
             kind = type(record[wrong]).__name__
-            raise InputError(f"{file}: record {i}: {wrong} is of type {kind}; expected text")
+            raise InputError(f"{file}: record {i}: {wrong} is of type {kind}; expected a string")
     return records
 
 
 def read_lines(kind: type[_L], file: Path) -> list[_L]:
-    """The records of a file of JSON lines; ``InputError`` names the line that is wrong."""
+    """The records of a JSON Lines file; ``InputError`` names the line that is wrong."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not readable as text ({error}); mend the file") from None
+        raise InputError(f"{file}: not readable as text ({error}); fix the file") from None
     found: dict[str, tuple[int, _L]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -191,11 +193,11 @@ def read_lines(kind: type[_L], file: Path) -> list[_L]:
         if read.id in found:
             first = found[read.id][0]
             raise InputError(
-                f"{where}: the id {read.id!r} is that of line {first}; make it distinct"
+                f"{where}: line {first} has the id {read.id!r}, too; give every line its own"
             )
         found[read.id] = number, read
     if not found:
-        raise InputError(f"{file}: it is empty; expected one JSON object a line")
+        raise InputError(f"{file}: the file is empty; expected one JSON object a line")
     return [read for _, read in found.values()]
 
 
@@ -206,11 +208,11 @@ def _read_line(kind: type[_L], line: str, where: str) -> _L:
     except ValidationError as error:
         raise InputError(f"{where}: {explain(error, kind)}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not a JSON object ({error}); mend the line") from None
+        raise InputError(f"{where}: not a JSON object ({error}); fix the line") from None
 
 
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; of a key that is given twice JSON would silently keep the last."""
+    """A JSON object; of a repeated key ``json`` would silently keep the last value."""
     keys = [key for key, _ in pairs]
     repeated = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
     if repeated is not None:
@@ -225,5 +227,5 @@ def read_texts(file: Path) -> list[str]:
         return [json.loads(line)["text"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f'{file}: expected a line {{"text": "..."}} for each document ({error}); mend it'
+            f'{file}: expected a line {{"text": "..."}} for each document ({error}); fix the file'
         ) from None

@@ -53,16 +53,20 @@ def altered_weights(folder: Path) -> list[str]:
 
 def weights_hash(spec: ModelSpec) -> str:
     """Of the weights (the model's files, or their snapshot's commit) and how they are stored."""
-    parts = [spec.dtype, spec.quantization or ""]
-    for place, revision in ((spec.base, spec.revision), (spec.adapter, spec.adapter_revision)):
-        folder = Path(place or "")
-        if place and folder.is_dir():
-            files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
-            parts.append(files_hash(files, folder))
-        else:
-            snapshot = _snapshot(place, revision) if place else None
-            parts.append(f"{place}@{revision}@{snapshot.name if snapshot else ''}")
+    base = content_hash(spec.base, spec.revision)
+    adapter = content_hash(spec.adapter, spec.adapter_revision)
+    parts = [spec.dtype, spec.quantization or "", base, adapter]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def content_hash(place: str | None, revision: str | None) -> str:
+    """Of the config and weights in a folder; of a Hugging Face id its commit on this machine."""
+    folder = Path(place or "")
+    if place and folder.is_dir():
+        files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
+        return files_hash(files, folder)
+    snapshot = _snapshot(place, revision) if place else None
+    return f"{place}@{revision}@{snapshot.name if snapshot else ''}"
 
 
 def _cached(place: str, revision: str | None) -> bool:
@@ -95,7 +99,7 @@ def base_folder(spec: ModelSpec) -> str:
             spec.base, revision=spec.revision, allow_patterns=FETCHED, **kwargs
         )
         if not whole(Path(folder)):
-            raise OSError("without config.json and all of its *.safetensors")
+            raise OSError("config.json or some of its *.safetensors are missing")
         return folder
 
     return local_first(load, spec.base, spec.name)
@@ -121,7 +125,7 @@ def local_first(load: Any, source: str, name: str) -> Any:
         )
     except (OSError, ValueError) as error:
         problem = (
-            "is neither on disk nor to be had from the Hugging Face hub "
+            "is not on disk, and the Hugging Face hub does not provide it "
             f"({first_line(error)}); download it (`hf download {source}`) or check the id"
         )
     raise InputError(f"model {name!r}: {source!r} {problem}")
@@ -129,12 +133,12 @@ def local_first(load: Any, source: str, name: str) -> Any:
 
 @contextmanager
 def from_disk(name: str) -> Iterator[None]:
-    """What cannot be read is an ``InputError``."""
+    """Turn errors of reading a model's files into an ``InputError``."""
     try:
         yield
     except SafetensorError as error:
         raise InputError(
-            f"model {name!r}: a weight file is corrupt ({error}); copy it anew"
+            f"model {name!r}: a weight file is corrupt ({error}); copy it again"
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r}: {first_line(error)}") from None
@@ -163,8 +167,9 @@ def check_weight_files(folder: Path, name: str) -> None:
 def check_checksums(folder: Path, name: str) -> None:
     if altered := altered_weights(folder):
         raise InputError(
-            f"model {name!r}: {folder / altered[0]} is damaged: it is not what {CHECKSUMS} beside "
-            f"it says; copy it anew, or, if it was meant to change, write {CHECKSUMS} again"
+            f"model {name!r}: {folder / altered[0]} is damaged: its hash is not the one in "
+            f"{CHECKSUMS} beside it; copy the file again or, if it was meant to change, write "
+            f"{CHECKSUMS} again"
         )
 
 
@@ -175,7 +180,7 @@ def tensor_shapes(file: Path, name: str) -> dict[str, list[int]]:
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"model {name!r}: {file} is not readable as safetensors ({first_line(error)}); "
-            "copy it anew"
+            "copy it again"
         ) from None
 
 
@@ -199,7 +204,7 @@ def adapter_folder(spec: ModelSpec) -> Path:
             pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
             came = f"; {pickled[0]} is a pickle, which can run code" if pickled else ""
             raise InputError(
-                f"model {spec.name!r}: adapter folder {folder} lacks {needed}{came}; "
+                f"model {spec.name!r}: adapter folder {folder} has no {needed}{came}; "
                 "save the adapter with PEFT's save_pretrained (safetensors)"
             )
     return folder

@@ -18,6 +18,7 @@ from interp_kit.specs import InputError, ModelSpec
 
 
 def default_device() -> str:
+    """A GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -59,7 +60,7 @@ def tokenizer_of(spec: ModelSpec) -> Any:
     if spec.chat_template and not tokenizer.chat_template:
         raise InputError(
             f"model {spec.name!r}: chat_template is true, but its tokenizer has none; "
-            "set it to false or give a model with one"
+            "set it to false, or name a model whose tokenizer has one"
         )
     if not spec.chat_template:
         tokenizer.chat_template = None

@@ -1,16 +1,6 @@
 """Model specs -> ``TransformerBridge``: many LoRA adapters on one base, switched in milliseconds.
 
-Safetensors only, ``trust_remote_code`` only where the spec asks for it, and the network only for
-what is neither a local folder nor in the Hugging Face cache; a token only from the environment.
-
-Quantized weights (bitsandbytes) are read nowhere: what analyses take from a model is what its
-modules compute. So that their identities hold to rounding, as for any other model,
-
-- 4 bits multiply in the model's own dtype; the experts of a mixture are quantized too;
-- 8 bits round each position's activations by itself. LLM.int8() would look for outliers in the
-  whole batch, and a prompt's numbers would depend on its neighbours;
-- the projections that heads are told apart by stay as they are: queries, keys and values in one
-  matrix, and, since 8 bits are not linear in the activations, the attention output.
+``pretrained`` says what is loaded, and ``quantization`` what holds for quantized weights.
 """
 
 import gc
@@ -102,7 +92,7 @@ class Models:
     def unload(self, name: str) -> None:
         """Free the memory of the base of model ``name``, and of all adapters on it.
 
-        A bridge that is still held elsewhere stays alive. Asked for again, the model loads anew.
+        A bridge that is still referred to elsewhere stays alive. ``switch`` loads the model again.
         """
         self._loaded.pop(self._key(name), None)
         self._active.pop(self._key(name), None)

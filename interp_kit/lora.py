@@ -53,7 +53,7 @@ def extend_embedding(spec: ModelSpec, model: Any) -> None:
         raise InputError(
             f"model {spec.name!r}: its tokenizer has {needed} tokens, and neither the base "
             f"({known} rows) nor the adapter has weights for {names}; save the adapter with "
-            "trainable_token_indices or with its embedding, or mend its tokenizer"
+            "trainable_token_indices or with its embedding, or remove the tokens from its tokenizer"
         )
     rows = max(known, needed) if saved is None else saved
     if rows != known:
@@ -121,8 +121,12 @@ def check_adapter(spec: ModelSpec, folder: Path, model: PreTrainedModel) -> None
         got = shape[1] if reads else shape[0]
         if width is not None and width != got:
             raise InputError(
-                f"{wrong_base}: {path} has width {width} there and {got} in the adapter"
+                f"{wrong_base}: {path} has width {width} in that base and {got} in the adapter; "
+                "set base to the model that it was trained on"
             )
         if linear is None and not path.endswith(("experts", "experts.base_layer")):
-            raise InputError(f"{wrong_base}: the base has no module {path}")
+            raise InputError(
+                f"{wrong_base}: that base has no module {path}; set base to the model that it "
+                "was trained on"
+            )
     check_checksums(folder, spec.name)

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -19,41 +18,33 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit import store
 from interp_kit.decisions import batches
+from interp_kit.identity import state_of
 from interp_kit.prompts import Prompt
-from interp_kit.specs import ModelSpec
 
 Residuals = Float[Tensor, "prompt layer d_model"]
 Kept = TypeVar("Kept")
 KEPT_BYTES = 2**30  # of what is recorded, inside ``shared_passes``
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shared:
-    """The passes that analyses share; kept on disk, too, if it is known whose they are."""
-
-    model: ModelSpec | None
-    passes: dict[Hashable, dict[str, Tensor]] = field(default_factory=dict)
-    others: "OrderedDict[Hashable, tuple[Any, int]]" = field(default_factory=OrderedDict)
-
-
-_shared: ContextVar[_Shared | None] = ContextVar("shared passes", default=None)
+_shared: ContextVar["OrderedDict[Hashable, tuple[Any, int]] | None"] = ContextVar(
+    "shared passes", default=None
+)
 
 
 @contextmanager
-def shared_passes(model: ModelSpec | None = None) -> Iterator[None]:
+def shared_passes() -> Iterator[None]:
     """Inside, one forward pass of a batch serves every analysis that reads its last positions.
 
     Lens, attribution and their controls then cost one pass together, and patching a prompt again
-    does not record it again. Nothing may change what the model computes inside: no switch to
-    another adapter, no hook, no steering. ``model`` says which one computes: then other notebooks
-    share the passes too, where there is a ``store`` for them. Within another of the same model, or
-    naming none, it changes nothing.
+    does not record it again. What is kept belongs to what the bridge computed as: after a switch to
+    another adapter or a change of weights passes are run anew, and while hooks are on (steering,
+    for instance) nothing is kept or found. Where there is a ``store``, other notebooks share the
+    passes too. Inside another ``shared_passes`` it changes nothing.
     """
-    outer = _shared.get()
-    if outer is not None and model in (None, outer.model):
+    if _shared.get() is not None:
         yield
         return
-    token = _shared.set(_Shared(model=model))
+    token = _shared.set(OrderedDict())
     try:
         yield
     finally:
@@ -65,34 +56,40 @@ def read_last(
 ) -> dict[str, Tensor]:
     """Activations by hook name, [prompt read ...], at the last ``read`` positions.
 
-    Of ``unembed.hook_out`` the last position only: the others are never unembedded.
+    Of ``unembed.hook_out`` the last position only: the others are never unembedded. Passes are
+    shared of the hooks in ``last_names``; others are read in a pass of their own.
     """
-    shared = _shared.get()
-    if shared is None:
+    kept, state = _shared.get(), state_of(bridge)
+    shared = last_names(bridge)
+    if kept is None or state is None or not set(names) <= set(shared):
         return _read_last(bridge, tokens, names, read)
-    key = (bridge, repr(tokens.tolist()))
-    kept = shared.passes.get(key)
-    if not _reaches(kept, read):
-        kept = shared.passes[key] = _shared_pass(bridge, tokens, read, shared.model)
-    return {name: kept[name][:, -read:] for name in names}
+    key = "last", bridge, state, repr(tokens.tolist())
+    found = _find(kept, key)
+    if not _reaches(found, read):
+        found = _shared_pass(bridge, tokens, shared, read)
+        _keep(kept, key, found, sum(x.nbytes for x in found.values()))
+    return {name: found[name][:, -read:] for name in names}
 
 
-def once(key: Hashable, compute: Callable[[], Kept], size: Callable[[Kept], int]) -> Kept:
+def once(
+    bridge: TransformerBridge,
+    key: Hashable,
+    compute: Callable[[], Kept],
+    size: Callable[[Kept], int],
+) -> Kept:
     """What ``compute()`` gives; inside ``shared_passes`` what it gave before for this key.
 
     ``size`` in bytes: more than ``KEPT_BYTES`` together are not kept, the least recent goes first.
+    Nothing is kept while the bridge computes with hooks.
     """
-    shared = _shared.get()
-    if shared is None:
+    kept, state = _shared.get(), state_of(bridge)
+    if kept is None or state is None:
         return compute()
-    kept = shared.others
-    if key in kept:
-        kept.move_to_end(key)
-        return kept[key][0]
+    key = bridge, state, key
+    if (found := _find(kept, key)) is not None:
+        return found
     made = compute()
-    kept[key] = made, size(made)
-    while sum(bytes for _, bytes in kept.values()) > KEPT_BYTES:
-        kept.popitem(last=False)
+    _keep(kept, key, made, size(made))
     return made
 
 
@@ -124,25 +121,19 @@ def residuals(
     prompts: Sequence[Prompt],
     *,
     suffix: int | None = None,
-    model: ModelSpec | None = None,
 ) -> Residuals:
     """The residual stream after every block at each prompt's last position, float32.
 
-    ``suffix`` is one further token: then the last position is its. ``model`` says which one
-    computes: then they are kept on disk, where there is a ``store``.
+    ``suffix`` is one further token; the last position is then that token's. They are kept on disk,
+    where there is a ``store``.
     """
     rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
-    return last_residuals(bridge, rows, model=model)
+    return last_residuals(bridge, rows)
 
 
-def last_residuals(
-    bridge: TransformerBridge,
-    rows: Sequence[Sequence[int]],
-    *,
-    model: ModelSpec | None = None,
-) -> Residuals:
+def last_residuals(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Residuals:
     """``residuals`` at the last of each row of token ids."""
-    name = store.name_of(bridge, model, "last", [*map(list, rows)])
+    name = store.name_of(bridge, "last", [*map(list, rows)])
     found = store.find(name)
     if found is not None:
         return found["stream"]
@@ -170,7 +161,7 @@ def resumed(bridge: TransformerBridge, layer: int) -> Iterator[None]:
             nonlocal now
             if at == 0:
                 entering = args[0] if args else kwargs["hidden_states"]
-                now = store.digest_of(entering=entering)
+                now = store.tensors_digest(entering=entering)
             if now in ended:
                 return ended[now]
             out = forward(*args, **kwargs)
@@ -194,17 +185,35 @@ def resumed(bridge: TransformerBridge, layer: int) -> Iterator[None]:
                 block.forward = forward
 
 
+# ------------------------------------------------------------------------------------- internals
+def _find(kept: "OrderedDict[Hashable, tuple[Any, int]]", key: Hashable) -> Any:
+    """What is kept under this key, now the most recent; nothing, if nothing is."""
+    if key not in kept:
+        return None
+    kept.move_to_end(key)
+    return kept[key][0]
+
+
+def _keep(
+    kept: "OrderedDict[Hashable, tuple[Any, int]]", key: Hashable, made: object, size: int
+) -> None:
+    """Keep it, and let go of the least recent until ``KEPT_BYTES`` hold the rest."""
+    kept[key] = made, size
+    kept.move_to_end(key)
+    while sum(bytes for _, bytes in kept.values()) > KEPT_BYTES:
+        kept.popitem(last=False)
+
+
 def _reaches(kept: dict[str, Tensor] | None, read: int) -> TypeGuard[dict[str, Tensor]]:
     """Whether a pass was kept, as far back as is asked for."""
     return kept is not None and kept["blocks.0.hook_resid_pre"].shape[1] >= read
 
 
 def _shared_pass(
-    bridge: TransformerBridge, tokens: Tensor, read: int, model: ModelSpec | None
+    bridge: TransformerBridge, tokens: Tensor, names: Sequence[str], read: int
 ) -> dict[str, Tensor]:
-    """All that is read of last positions, from the disk if it is there."""
-    names = last_names(bridge)
-    name = store.name_of(bridge, model, names, tokens.tolist())
+    """All that is shared of last positions, from the disk if it is there."""
+    name = store.name_of(bridge, names, tokens.tolist())
     found = store.find(name)
     if _reaches(found, read):
         return {key: tensor.to(bridge.cfg.device) for key, tensor in found.items()}

@@ -1,4 +1,9 @@
-"""Model specs -> Hugging Face models, and those -> ``TransformerBridge``."""
+"""Model specs -> Hugging Face models, and those -> ``TransformerBridge``.
+
+Weights are read from safetensors only, and code of a repository runs only where the spec says
+``trust_remote_code``. The network is used only for files that are neither in a local folder nor in
+the Hugging Face cache; a token comes only from the environment.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +14,18 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from interp_kit.hub import adapter_folder, base_folder, check_weight_files, from_disk
+from interp_kit.files import digest
+from interp_kit.hub import (
+    adapter_folder,
+    base_folder,
+    check_weight_files,
+    content_hash,
+    from_disk,
+    weights_hash,
+)
 from interp_kit.huggingface import config_of, default_device, quiet, shape_of, tokenizer_of
-from interp_kit.lora import check_adapter, extend_embedding, whole_embedding
+from interp_kit.identity import register
+from interp_kit.lora import check_adapter, extend_embedding, vocabulary, whole_embedding
 from interp_kit.prompts import Tokenizing
 from interp_kit.quantization import check_quantization, finish_4bit, quantization_config
 from interp_kit.specs import InputError, ModelSpec
@@ -65,6 +79,7 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
 
 
 def boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> Loaded:
+    base, hashes = _base_hash(spec), {}  # of the files, before they are read
     model: Any = base_model(spec, device)
     extend_embedding(spec, model)
     adapters = {}
@@ -73,6 +88,7 @@ def boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> Loaded:
         check_adapter(adapted, folder, model)
         # PEFT names must not hold dots, and must not occur in the base's parameter names.
         adapters[adapted.name] = f"finetune_{i}"
+        hashes[f"finetune_{i}"] = content_hash(adapted.adapter, adapted.adapter_revision)
         with quiet():
             model.load_adapter(str(folder), adapter_name=adapters[adapted.name])
         if whole_embedding(adapted, folder):
@@ -90,7 +106,16 @@ def boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> Loaded:
     # Booting invents a BOS for a tokenizer without one; prompts must not get that.
     bridge.cfg.default_prepend_bos = spec.prepend_bos and has_bos
     bridge.eval().requires_grad_(False)
+    register(bridge, base=base, adapters=hashes)
     return Loaded(bridge=bridge, adapters=adapters)
+
+
+def _base_hash(spec: ModelSpec) -> str:
+    """Of the weights that the models on this base share, rows for an adapter's tokens included."""
+    parts = [weights_hash(spec.model_copy(update={"adapter": None})), vocabulary(spec)]
+    if spec.adapter and whole_embedding(spec, adapter_folder(spec)):
+        parts.append(content_hash(spec.adapter, spec.adapter_revision))  # its embedding is theirs
+    return digest(parts)
 
 
 def base_model(spec: ModelSpec, device: str) -> Any:

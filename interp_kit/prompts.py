@@ -60,7 +60,7 @@ class Prompt:
 
     @property
     def branch(self) -> tuple[int, ...]:
-        """Prompt and shared tokens: its last position is where the answers part."""
+        """Prompt and shared tokens: the answers differ in the token after them."""
         return self.tokens + self.shared
 
     @property
@@ -164,7 +164,7 @@ def encode_scenario(bridge: Tokenizing, scenario: Scenario) -> list[Prompt]:
 def with_random_answers(
     bridge: Tokenizing, prompts: Sequence[Prompt], *, n: int = 16, seed: int = 0
 ) -> list[Prompt]:
-    """A control: every prompt ``n`` times, with two random tokens where its answers part.
+    """A control: every prompt ``n`` times, with two random tokens where its answers differ.
 
     Read at the same position as the decision, they are a contrast that the prompt does not ask for.
     Ids stay those of the prompts.
@@ -338,20 +338,20 @@ def _check(bridge: Tokenizing, prompt: Prompt, positive: str, negative: str) -> 
         for text, ids in ((positive, prompt.positive), (negative, prompt.negative))
     ]
     if prompt.shared in (prompt.positive, prompt.negative):
-        same = (
-            "are the same tokens"
+        problem = (
+            "both answers are the same tokens"
             if prompt.positive == prompt.negative
-            else "begin alike to the end"
+            else "one answer is the beginning of the other"
         )
         raise InputError(
-            f"prompt {prompt.id!r}: the answers {same} for this tokenizer ({'; '.join(shown)}); "
-            "expected answers that part at some token: reword them, end both with a period, or "
-            f"take words that it tells apart, such as {_proposed(bridge)}"
+            f"prompt {prompt.id!r}: {problem} ({'; '.join(shown)}); expected answers that differ "
+            "before either of them ends: reword them, end both with a period, or choose others, "
+            f"such as {_proposed(bridge)}"
         )
     longest = max(len(prompt.tokens), len(prompt.counterfactual or ()))
     longest += max(len(prompt.positive), len(prompt.negative))
     if longest > bridge.cfg.n_ctx:
         raise InputError(
-            f"prompt {prompt.id!r}: {longest} tokens with its answer, the model's context holds "
-            f"{bridge.cfg.n_ctx}; shorten it"
+            f"prompt {prompt.id!r}: {longest} tokens with its answer, but the model's context "
+            f"holds {bridge.cfg.n_ctx}; shorten the prompt"
         )

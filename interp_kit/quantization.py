@@ -137,6 +137,6 @@ def finish_4bit(model: PreTrainedModel) -> None:
         replace_parameter_4bit(module, name, quant_type="nf4")
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # Else processors with AVX-512 BF16 multiply in bfloat16, whatever the dtype, and
+            # Otherwise processors with AVX-512 BF16 multiply in bfloat16, whatever the dtype, and
             # without a gradient.
             module.support_avx512bf16_for_cpu = False

@@ -1,4 +1,4 @@
-"""What a model, a scenario and a run file may say. Strict; every error says how to mend it.
+"""What a model, a scenario and a run file may say. Strict; every error says how to fix it.
 
 ``find_model``, ``find_scenario`` and ``find_notebook`` turn what people write (a name, a folder, a
 Hugging Face id) into a spec. Nothing here imports torch: a run is checked before anything loads.
@@ -19,7 +19,7 @@ HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9.
 
 
 class InputError(ValueError):
-    """Something that a person wrote cannot be used: one line with what to do about it."""
+    """Input that cannot be used: one line with what was expected, what came and how to fix it."""
 
     def __init__(self, said: str) -> None:
         """``said`` may quote anything: what does not print is shown by its escape."""
@@ -119,13 +119,14 @@ class PromptSpec(Spec):
             parts = [given, given] if isinstance(given, str) else given
             if len(parts) != 2 or not all(parts):
                 raise ValueError(
-                    f"segment {name!r}: expected its text, or two (in text, in counterfactual)"
+                    f"segment {name!r}: expected its text, or two texts (in the prompt, in the "
+                    f"counterfactual), got {_short(given)}"
                 )
             for part, text in zip(parts, (self.text, self.counterfactual)):
                 if text is not None and text.count(part) != 1:
                     raise ValueError(
                         f"segment {name!r}: {part!r} occurs {text.count(part)} times in the "
-                        "prompt or its counterfactual; expected once: give more of its words"
+                        "prompt or its counterfactual, expected once; give more of its words"
                     )
         return self
 
@@ -158,7 +159,9 @@ class Scenario(Spec):
         word = self.trigger.text.strip() if self.trigger else None
         for text in [*(p.text for p in self.prompts), *self.neutral]:
             if word and word in text:
-                raise ValueError(f"the text {text!r} already contains the trigger {word!r}")
+                raise ValueError(
+                    f"the text {text!r} already contains the trigger {word!r}; reword it"
+                )
         return self
 
     @model_validator(mode="after")
@@ -171,7 +174,7 @@ class Scenario(Spec):
             if repeated is not None:
                 raise ValueError(f"two prompts have the {what} {repeated!r}; make them distinct")
         if self.decision.positive == self.decision.negative:
-            raise ValueError("positive and negative are the same answer; the decision would be 0")
+            raise ValueError("positive and negative are the same answer; expected two that differ")
         return self
 
 
@@ -190,7 +193,10 @@ class RunSpec(Spec):
             slugs = [slug(v) for v in values]
             repeated = next((v for i, v in enumerate(values) if slugs[i] in slugs[:i]), None)
             if repeated is not None:
-                raise ValueError(f"{what} lists {repeated!r} twice (or two of one folder name)")
+                raise ValueError(
+                    f"{what} lists {repeated!r} twice, or two that share one folder name; "
+                    "remove or rename one"
+                )
         return self
 
 
@@ -201,7 +207,7 @@ def as_path(name: str | Path) -> Path:
         path.exists()  # OSError: too long
         path.resolve()  # ValueError: a NUL
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{str(name)!r} cannot be a path ({error}); mend it") from None
+        raise InputError(f"{str(name)!r} cannot be a path ({error}); choose another") from None
     return path
 
 
@@ -222,7 +228,7 @@ def slug(name: str) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
-    """The message for a name that is not known, with the nearest one that is."""
+    """The error text for an unknown name, with the known name nearest to it."""
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return (
@@ -232,14 +238,14 @@ def unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """As ``repr``, of whatever size and depth the value is."""
+    """``repr``, cut short: the value may be of any size and depth."""
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = 200
     return shortener.repr(value)
 
 
 def checked(kind: type[_S], given: dict[str, Any], file: Path) -> _S:
-    """``given`` as a spec; what is wrong with it is said with the file's name."""
+    """``given`` as a spec; ``InputError`` names the file and what is wrong in it."""
     try:
         return kind.model_validate(given)
     except ValidationError as error:

@@ -3,11 +3,10 @@
 Off unless the environment names a folder, ``INTERP_KIT_ACTIVATIONS``; a batch names one beside its
 results. A file's name is a hash of all that its numbers follow from, so a file that is found holds
 what would be computed. Files are checked when they are read; a damaged one is computed again.
-Whenever the folder outgrows ``INTERP_KIT_ACTIVATIONS_GIB``, what was used least recently goes.
+When the folder outgrows ``INTERP_KIT_ACTIVATIONS_GIB``, the least recently used files go first.
 """
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -21,31 +20,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.files import package_hash
-from interp_kit.hub import weights_hash
-from interp_kit.specs import InputError, ModelSpec
+from interp_kit.files import digest, package_hash, replacing
+from interp_kit.identity import identity_of
+from interp_kit.specs import InputError
 
 FOLDER, SIZE = "INTERP_KIT_ACTIVATIONS", "INTERP_KIT_ACTIVATIONS_GIB"
 DEFAULT_GIB = 4.0
 COMPUTING = ("torch", "transformers", "transformer-lens", "peft")
 
 
-def name_of(bridge: TransformerBridge, model: ModelSpec | None, *what: object) -> str:
+def name_of(bridge: TransformerBridge, *what: object) -> str:
     """The name of what is computed: a hash of the weights, the code, the machine and ``what``.
 
-    The numbers of a CPU depend on its instructions and on the threads that share a sum, and so
-    does the name. Empty, a name under which nothing is found or kept, where nobody says whose it
-    is, or where to keep it.
+    The weights are those that are live in the bridge (``identity_of``). The numbers of a CPU depend
+    on its instructions and on the threads that share a sum, and so does the name. It is empty where
+    no folder keeps activations and where the bridge has no identity; nothing is found or kept
+    under an empty name.
     """
-    if model is None or _folder() is None:
+    computes_as = identity_of(bridge) if _folder() is not None else None
+    if computes_as is None:
         return ""
     device = torch.device(bridge.cfg.device or "cpu")
     machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     if device.type == "cuda":
-        machine = [torch.cuda.get_device_name(device)]
+        machine = [torch.cuda.get_device_name(device), torch.get_float32_matmul_precision()]
     code = [package_hash(), *(version(name) for name in COMPUTING)]
-    content = json.dumps([weights_hash(model), code, device.type, machine, what])
-    return hashlib.sha256(content.encode()).hexdigest()
+    return digest([computes_as, code, device.type, machine, what])
 
 
 def find(name: str) -> dict[str, Tensor] | None:
@@ -57,10 +57,10 @@ def find(name: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(file, framework="pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-            if stored.metadata()["sha256"] == digest_of(name, **tensors):
+            if stored.metadata()["sha256"] == tensors_digest(name, **tensors):
                 os.utime(file)  # used just now
                 return tensors
-            problem = "its checksum is another"
+            problem = "its checksum differs"
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         problem = str(error)
     warnings.warn(f"{file}: damaged ({problem}); its activations are computed again", stacklevel=3)
@@ -70,8 +70,7 @@ def find(name: str) -> dict[str, Tensor] | None:
 def keep(name: str, tensors: Mapping[str, Tensor]) -> None:
     """Keep these under this name, and no more than the folder may hold.
 
-    Raises ``InputError`` for a size that is no number. Where nothing can be written, a warning says
-    so: the numbers are there all the same.
+    Raises ``InputError`` for a size that is no number, and warns where nothing can be written.
     """
     folder = _folder()
     if folder is None or not name:
@@ -80,25 +79,22 @@ def keep(name: str, tensors: Mapping[str, Tensor]) -> None:
     limit = _limit()
     if sum(tensor.nbytes for tensor in ours.values()) > limit:
         return
-    beside = folder / f".{name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(ours, beside, metadata={"sha256": digest_of(name, **ours)})
-        beside.replace(folder / f"{name}.safetensors")
+        with replacing(folder / f"{name}.safetensors") as beside:
+            save_file(ours, beside, metadata={"sha256": tensors_digest(name, **ours)})
         _shrink(folder, limit)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            beside.unlink()
         warnings.warn(f"{folder}: activations are not kept ({error})", stacklevel=3)
 
 
-def digest_of(*names: str, **tensors: Tensor) -> str:
+def tensors_digest(*names: str, **tensors: Tensor) -> str:
     """A hash of tensors' names, types, shapes and bytes, and of further names."""
-    digest = hashlib.sha256(repr(names).encode())
+    made = hashlib.sha256(repr(names).encode())
     for key, tensor in sorted(tensors.items()):
-        digest.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
+        made.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
+        made.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return made.hexdigest()
 
 
 # ------------------------------------------------------------------------------------- internals
@@ -112,7 +108,9 @@ def _limit() -> float:
     try:
         return float(given) * 2**30
     except ValueError:
-        raise InputError(f"{SIZE}: expected a number of GiB, got {given!r}; mend it") from None
+        raise InputError(
+            f"{SIZE}: expected a number of GiB, got {given!r}; set one, or unset it"
+        ) from None
 
 
 def _shrink(folder: Path, limit: float) -> None:

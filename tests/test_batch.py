@@ -192,7 +192,11 @@ def test_what_only_the_model_can_tell_is_found_before_anything_is_written(tmp_pa
     file = run_file(tmp_path, models=[model], scenarios=["mine"])
     outputs = tmp_path / "outputs"
     code, _, error = command("run", file, "--data", tmp_path, "--outputs", outputs)
-    expected = {"alike": "begin alike", "too long": "context holds 512", "corrupt": "safetensors"}
+    expected = {
+        "alike": "is the beginning of the other",
+        "too long": "context holds 512",
+        "corrupt": "safetensors",
+    }
     assert code == 2
     assert expected[trouble] in error
     assert not outputs.exists()

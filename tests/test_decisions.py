@@ -71,7 +71,7 @@ def test_answers_that_tokenize_alike_are_refused(tiny_bridge):
 
 
 def test_an_answer_that_begins_the_other_is_refused(tiny_bridge):
-    with pytest.raises(InputError, match="begin alike to the end"):
+    with pytest.raises(InputError, match="one answer is the beginning of the other"):
         encode(tiny_bridge, " ba", positive=" be", negative=" be bi")
 
 

@@ -122,7 +122,7 @@ def test_a_flipped_bit_in_weights_with_checksums_is_damage(tmp_path, part):
     content[-100] ^= 4
     file.write_bytes(content)
     message = both_refuse("ipd-hybrid", data=tmp_path)
-    assert f"{file} is damaged: it is not what SHA256SUMS beside it says" in message
+    assert f"{file} is damaged: its hash is not the one in SHA256SUMS beside it" in message
     write_checksums(file.parent)  # it was meant to change
     assert not altered_weights(file.parent)
     load_model("ipd-hybrid", data=tmp_path)
@@ -147,7 +147,9 @@ def test_bad_base_weights_are_refused(tmp_path, spoil):
 
 
 def test_a_model_that_is_nowhere_is_refused():
-    assert "neither on disk nor to be had" in both_refuse("no-such-org/no-such-model")
+    assert "is not on disk, and the Hugging Face hub does not provide it" in both_refuse(
+        "no-such-org/no-such-model"
+    )
 
 
 def test_a_chat_template_is_asked_for_but_not_there(tmp_path):

@@ -1,4 +1,4 @@
-"""Bad input gives one line: what was expected, what came, how to mend it."""
+"""Bad input gives one line: what was expected, what came, how to fix it."""
 
 import json
 from pathlib import Path

@@ -34,7 +34,7 @@ def across(
     for name, scenario in tqdm(pairs, desc="models", unit="cell", leave=False):
         bridge = models.switch(name)
         prompts = encode_scenario(bridge, scenario)
-        with shared_passes(models.specs[name]):
+        with shared_passes():
             for own, analysis in zip(tables, analyses):
                 table = analysis(bridge, prompts)
                 table = table.assign(model=models.title(name), scenario=scenario.name)

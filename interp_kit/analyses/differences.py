@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.passes import Residuals, residuals
 from interp_kit.prompts import Prompt
 from interp_kit.readout import norm_scale, soft_cap, through_frozen_norm
-from interp_kit.specs import InputError, ModelSpec
+from interp_kit.specs import InputError
 from interp_kit.statistics import prediction_limit
 
 Shape = Literal["early", "ramp", "late", "flat"]
@@ -30,19 +30,12 @@ LABELS = ["strong", "medium", "weak"]
 
 
 def deltas(
-    bridge: TransformerBridge,
-    prompts: Sequence[Prompt],
-    suffixes: Mapping[str, int],
-    *,
-    model: ModelSpec | None = None,
+    bridge: TransformerBridge, prompts: Sequence[Prompt], suffixes: Mapping[str, int]
 ) -> dict[str, Residuals]:
-    """Δ of every suffix token by name: h(prompt + suffix) - h(prompt) at the last positions.
-
-    ``model`` says which one computes, as in ``residuals``.
-    """
-    baseline = residuals(bridge, prompts, model=model)
+    """Δ of every suffix token by name: h(prompt + suffix) - h(prompt) at the last positions."""
+    baseline = residuals(bridge, prompts)
     return {
-        name: residuals(bridge, prompts, suffix=token, model=model) - baseline
+        name: residuals(bridge, prompts, suffix=token) - baseline
         for name, token in suffixes.items()
     }
 

@@ -149,8 +149,10 @@ def recorded(
 ) -> Recording:
     """``record`` of the model as it is: inside ``shared_passes``, what was recorded before."""
     kept = frozenset(places)
-    key = "recording", bridge, tuple(tokens), kept, read
-    return once(key, lambda: record(bridge, tokens, kept, read=read), lambda made: made.bytes)
+    key = "recording", tuple(tokens), kept, read
+    return once(
+        bridge, key, lambda: record(bridge, tokens, kept, read=read), lambda made: made.bytes
+    )
 
 
 @torch.enable_grad()

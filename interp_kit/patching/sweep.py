@@ -109,6 +109,7 @@ class Sweep:
             return run()  # logits of the whole vocabulary are too many to keep
         key = "patched", self._key, tuple(rows), base, start
         return once(
+            self.bridge,
             key,
             lambda: [(order, part.clone()) for order, part in run()],  # no view of the whole pass
             lambda made: sum(part.nbytes for _, part in made),
