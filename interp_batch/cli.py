@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from interp_kit.catalogue import data_folders, list_models, list_scenarios, read_run
-from interp_kit.hub import absent
+from interp_kit.hub import missing_files
 from interp_kit.specs import REPOSITORY, InputError, ModelSpec
 
 app = typer.Typer(
@@ -340,7 +340,7 @@ def _print_table(outcomes) -> None:
 
 
 def _described(model: ModelSpec) -> str:
-    missing = absent(model)
+    missing = missing_files(model)
     return (f"[not on this machine: {', '.join(missing)}] " if missing else "") + (
         model.about or model.base
     )

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from interp_kit.formats import Identified, NonEmpty, read_lines
-from interp_kit.specs import InputError
+from interp_kit.formats import Identified, read_lines
+from interp_kit.specs import InputError, NonEmpty
 
 
 class MultipleChoice(Identified):

@@ -6,7 +6,7 @@ that are not known here are left alone; whatever is needed is checked, and an er
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -15,6 +15,7 @@ from interp_kit.specs import (
     AnswerLabels,
     DecisionSpec,
     InputError,
+    NonEmpty,
     Scenario,
     Spec,
     checked,
@@ -33,8 +34,8 @@ class DilemmaSpec(Spec):
 
     model_config = ConfigDict(extra="ignore")
 
-    prompt_id: Annotated[str, Field(min_length=1)]
-    prompt: Annotated[str, Field(min_length=1)]
+    prompt_id: NonEmpty
+    prompt: NonEmpty
     ethical_option: Literal["1", "2", "A", "B"]
     original_id: str = ""
     segments: dict[str, str] = Field(default_factory=dict)
@@ -107,7 +108,6 @@ COOPERATE_OR_DEFECT = DecisionSpec(
     negative="action1",
     labels=AnswerLabels(positive="defect", negative="cooperate"),
 )
-NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Line(Spec):

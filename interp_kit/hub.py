@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -15,15 +15,37 @@ from interp_kit.files import files_hash, sha256
 from interp_kit.specs import InputError, ModelSpec
 
 CHECKSUMS = "SHA256SUMS"  # of weights, beside them
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
-def absent(spec: ModelSpec) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A model's spec and where its files are on this machine."""
+
+    spec: ModelSpec
+    base: Path
+    adapter: Path | None = None
+
+
+def find_files(spec: ModelSpec) -> ModelFiles:
+    """The folders of base and adapter; an id that is not in the cache is downloaded.
+
+    Raises ``InputError`` for what is neither here nor on the hub, and for an adapter that is not
+    saved as safetensors.
+    """
+    adapter = _adapter_folder(spec.adapter, spec) if spec.adapter else None
+    return ModelFiles(spec=spec, base=_base_folder(spec), adapter=adapter)
+
+
+def missing_files(spec: ModelSpec) -> list[str]:
     """The Hugging Face ids of the model whose files are not on this machine."""
     places = [(spec.base, spec.revision), (spec.adapter, spec.adapter_revision)]
     return [p for p, revision in places if p and not Path(p).is_dir() and not _cached(p, revision)]
 
 
-def whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a checkpoint's, or an adapter's, config and every file of its weights are there."""
     if not any((folder / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
         return False
@@ -69,9 +91,67 @@ def content_hash(place: str | None, revision: str | None) -> str:
     return f"{place}@{revision}@{snapshot.name if snapshot else ''}"
 
 
+@contextmanager
+def from_disk(name: str) -> Iterator[None]:
+    """Turn errors of reading a model's files into an ``InputError``."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(
+            f"model {name!r}: a weight file is corrupt ({error}); copy it again"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name!r}: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_weight_files(folder: Path, name: str) -> None:
+    """Raise ``InputError`` for weights that are missing, not safetensors, unreadable or altered."""
+    weights = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if not weights:
+        came = (
+            f"found only {', '.join(pickles)} (pickle, which can run code)" if pickles else "none"
+        )
+        raise InputError(
+            f"model {name!r}: expected *.safetensors in {folder}, {came}; "
+            "convert or copy the weights as safetensors"
+        )
+    for file in weights:
+        tensor_shapes(file, name)
+    check_checksums(folder, name)
+
+
+def check_checksums(folder: Path, name: str) -> None:
+    """Raise ``InputError`` if a weight file differs from the folder's ``SHA256SUMS``."""
+    if altered := altered_weights(folder):
+        raise InputError(
+            f"model {name!r}: {folder / altered[0]} is damaged: its hash is not the one in "
+            f"{CHECKSUMS} beside it; copy the file again or, if it was meant to change, write "
+            f"{CHECKSUMS} again"
+        )
+
+
+def tensor_shapes(file: Path, name: str) -> dict[str, list[int]]:
+    """Shapes by tensor name, read from the header; ``InputError`` if it is not readable."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tensors.get_slice(key).get_shape() for key in sorted(tensors.keys())}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"model {name!r}: {file} is not readable as safetensors ({first_line(error)}); "
+            "copy it again"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------- internals
 def _cached(place: str, revision: str | None) -> bool:
     folder = _snapshot(place, revision)
-    return folder is not None and whole(folder)
+    return folder is not None and is_complete(folder)
 
 
 def _snapshot(place: str, revision: str | None) -> Path | None:
@@ -81,31 +161,26 @@ def _snapshot(place: str, revision: str | None) -> Path | None:
     return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
-
-
-def base_folder(spec: ModelSpec) -> str:
+def _base_folder(spec: ModelSpec) -> Path:
     """The base's folder: as given, or the cache's copy of what the hub has.
 
     transformers, given an id, asks the hub for an adapter beside it even when told not to.
     """
     if Path(spec.base).is_dir():
-        return spec.base
+        return Path(spec.base)
 
-    def load(**kwargs: Any) -> str:
+    def load(**kwargs: bool) -> str:
         folder = snapshot_download(
             spec.base, revision=spec.revision, allow_patterns=FETCHED, **kwargs
         )
-        if not whole(Path(folder)):
+        if not is_complete(Path(folder)):
             raise OSError("config.json or some of its *.safetensors are missing")
         return folder
 
-    return local_first(load, spec.base, spec.name)
+    return Path(_local_first(load, spec.base, spec.name))
 
 
-def local_first(load: Any, source: str, name: str) -> Any:
+def _local_first(load: Callable[..., str], source: str, name: str) -> str:
     """``load`` from disk; only what is not on disk is asked of the hub."""
     try:
         return load(local_files_only=True)
@@ -131,74 +206,20 @@ def local_first(load: Any, source: str, name: str) -> Any:
     raise InputError(f"model {name!r}: {source!r} {problem}")
 
 
-@contextmanager
-def from_disk(name: str) -> Iterator[None]:
-    """Turn errors of reading a model's files into an ``InputError``."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise InputError(
-            f"model {name!r}: a weight file is corrupt ({error}); copy it again"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {name!r}: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def check_weight_files(folder: Path, name: str) -> None:
-    weights = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    if not weights:
-        came = (
-            f"found only {', '.join(pickles)} (pickle, which can run code)" if pickles else "none"
-        )
-        raise InputError(
-            f"model {name!r}: expected *.safetensors in {folder}, {came}; "
-            "convert or copy the weights as safetensors"
-        )
-    for file in weights:
-        tensor_shapes(file, name)
-    check_checksums(folder, name)
-
-
-def check_checksums(folder: Path, name: str) -> None:
-    if altered := altered_weights(folder):
-        raise InputError(
-            f"model {name!r}: {folder / altered[0]} is damaged: its hash is not the one in "
-            f"{CHECKSUMS} beside it; copy the file again or, if it was meant to change, write "
-            f"{CHECKSUMS} again"
-        )
-
-
-def tensor_shapes(file: Path, name: str) -> dict[str, list[int]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_slice(key).get_shape() for key in sorted(tensors.keys())}
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"model {name!r}: {file} is not readable as safetensors ({first_line(error)}); "
-            "copy it again"
-        ) from None
-
-
-def adapter_folder(spec: ModelSpec) -> Path:
+def _adapter_folder(adapter: str, spec: ModelSpec) -> Path:
     """The adapter's local folder, fetched from the hub if it is an id."""
-    assert spec.adapter is not None
-    folder = Path(spec.adapter)
+    folder = Path(adapter)
     if not folder.is_dir():
 
-        def load(**kwargs: Any) -> str:
+        def load(**kwargs: bool) -> str:
             return snapshot_download(
-                str(spec.adapter),
+                adapter,
                 revision=spec.adapter_revision,
                 allow_patterns=["*.json", "*.safetensors"],
                 **kwargs,
             )
 
-        folder = Path(local_first(load, spec.adapter, spec.name))
+        folder = Path(_local_first(load, adapter, spec.name))
     for needed in ("adapter_config.json", ADAPTER_WEIGHTS):
         if not (folder / needed).is_file():
             pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLES]

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
-from interp_kit.hub import adapter_folder, base_folder, from_disk
-from interp_kit.specs import InputError, ModelSpec
+from interp_kit.hub import ModelFiles, from_disk
+from interp_kit.specs import InputError
 
 
 def default_device() -> str:
@@ -22,37 +28,42 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def own_tokenizer(spec: ModelSpec) -> Path | None:
+def own_tokenizer(files: ModelFiles) -> Path | None:
     """The adapter's folder, if it brings a tokenizer with other tokens than the base's."""
-    folder = adapter_folder(spec) if spec.adapter else None
+    folder = files.adapter
     if folder is None or not (folder / "tokenizer_config.json").is_file():
         return None
-    same = vocabulary_of(str(folder)) == vocabulary_of(base_folder(spec))
-    return None if same else folder
+    return None if vocabulary_of(folder) == vocabulary_of(files.base) else folder
 
 
 @cache
-def vocabulary_of(folder: str) -> str:
+def vocabulary_of(folder: Path) -> str:
+    """A hash of the tokens and ids of the tokenizer in a folder."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def config_of(spec: ModelSpec) -> Any:
-    folder = base_folder(spec)
-    with from_disk(spec.name):
+def config_of(files: ModelFiles) -> PretrainedConfig:
+    """The base's config."""
+    with from_disk(files.spec.name):
         return AutoConfig.from_pretrained(
-            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
+            files.base, trust_remote_code=files.spec.trust_remote_code, local_files_only=True
         )
 
 
-def shape_of(spec: ModelSpec, config: Any) -> PreTrainedModel:
-    """The model without its weights."""
+def shape_of(files: ModelFiles) -> PreTrainedModel:
+    """The base without its weights, on PyTorch's meta device."""
+    config, trusted = config_of(files), files.spec.trust_remote_code
     with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
 
 
-def tokenizer_of(spec: ModelSpec) -> Any:
-    folder = str(own_tokenizer(spec) or base_folder(spec))
+def tokenizer_of(files: ModelFiles) -> Any:
+    """The adapter's tokenizer if it brings one, else the base's; a chat template only if asked for.
+
+    Raises ``InputError`` if the spec asks for a chat template that the tokenizer does not have.
+    """
+    spec, folder = files.spec, own_tokenizer(files) or files.base
     with from_disk(spec.name):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=spec.trust_remote_code, local_files_only=True

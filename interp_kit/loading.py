@@ -4,7 +4,7 @@
 """
 
 import gc
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +17,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.catalogue import find_model
 from interp_kit.formats import read_texts
+from interp_kit.hub import ModelFiles
 from interp_kit.huggingface import default_device
 from interp_kit.lora import lora_modules, show_token_rows, vocabulary
-from interp_kit.pretrained import Loaded, boot
+from interp_kit.pretrained import Loaded, boot, locate
 from interp_kit.specs import InputError, ModelSpec
+
+Key = tuple[Hashable, ...]  # what models have in common that share a base in memory
 
 
 class Models:
@@ -33,9 +36,10 @@ class Models:
     def __init__(self, specs: Iterable[ModelSpec], *, device: str | None = None) -> None:
         self.specs = {spec.name: spec for spec in specs}
         self.device = device or default_device()
-        self._loaded: dict[tuple[Any, ...], Loaded] = {}
-        self._active: dict[tuple[Any, ...], str] = {}
-        self._keys: dict[str, tuple[Any, ...]] = {}
+        self._loaded: dict[Key, Loaded] = {}
+        self._active: dict[Key, str] = {}
+        self._keys: dict[str, Key] = {}
+        self._found: dict[str, ModelFiles] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -61,7 +65,8 @@ class Models:
     def switch(self, name: str) -> TransformerBridge:
         """The bridge, computing as model ``name``: its base and exactly its adapter.
 
-        Switching is this method's alone: adapters set on the model by hand are not noticed.
+        After setting adapters on the model by hand, switch to another model first: this method
+        remembers what it switched to, and does nothing if it is asked for the same again.
         """
         loaded = self._load(name)
         if self._active.get(self._key(name)) == name:
@@ -178,16 +183,21 @@ class Models:
             raise InputError(f"model {name!r} was not loaded; expected one of {list(self.specs)}")
         return self.specs[name]
 
-    def _key(self, name: str) -> tuple[Any, ...]:
+    def _key(self, name: str) -> Key:
         if name not in self._keys:
-            self._keys[name] = _same_base(self._spec(name))
+            self._keys[name] = _same_base(self._files(name))
         return self._keys[name]
+
+    def _files(self, name: str) -> ModelFiles:
+        if name not in self._found:
+            self._found[name] = locate(self._spec(name), self.device)
+        return self._found[name]
 
     def _load(self, name: str) -> Loaded:
         key = self._key(name)
         if key not in self._loaded:
-            tuned = [s for s in self.specs.values() if s.adapter and self._key(s.name) == key]
-            self._loaded[key] = boot(self._spec(name), tuned, self.device)
+            tuned = [s.name for s in self.specs.values() if s.adapter and self._key(s.name) == key]
+            self._loaded[key] = boot(self._files(name), [*map(self._files, tuned)], self.device)
         return self._loaded[key]
 
 
@@ -209,16 +219,18 @@ def load_model(
     return load_models([name], data=data, device=device).switch(name)
 
 
-def _same_base(spec: ModelSpec) -> tuple[Any, ...]:
+# ------------------------------------------------------------------------------------- internals
+def _same_base(files: ModelFiles) -> Key:
     """What two models have in common that can share one base in memory.
 
     An adapter with a tokenizer of its own gets a base whose embedding has rows for it.
     """
+    spec = files.spec
     how = (spec.dtype, spec.quantization, spec.device_map, spec.chat_template, spec.prepend_bos)
-    return (spec.base, spec.revision, *how, spec.trust_remote_code, vocabulary(spec))
+    return (spec.base, spec.revision, *how, spec.trust_remote_code, vocabulary(files))
 
 
-def _size(bridge: TransformerBridge) -> dict[str, Any]:
+def _size(bridge: TransformerBridge) -> dict[str, float]:
     """Parameters, the share of them that is quantized, and bytes; what is shared counts once."""
     whole = torch.nn.ModuleList([bridge, bridge.original_model])
     parameters = {p.data_ptr(): p for p in whole.parameters()}.values()

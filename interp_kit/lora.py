@@ -1,48 +1,49 @@
 """LoRA adapters on a base: checks, the tokens that they bring, and the modules that they change."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from interp_kit.hub import ADAPTER_WEIGHTS, check_checksums, tensor_shapes
+from interp_kit.hub import ADAPTER_WEIGHTS, ModelFiles, check_checksums, tensor_shapes
 from interp_kit.huggingface import own_tokenizer, vocabulary_of
-from interp_kit.specs import InputError, ModelSpec
+from interp_kit.specs import InputError
 
 
-def vocabulary(spec: ModelSpec) -> str:
+def vocabulary(files: ModelFiles) -> str:
     """Which tokens the adapter adds: empty, or a digest of its vocabulary.
 
     Adapters that overwrite the whole embedding share it with none.
     """
-    folder = own_tokenizer(spec)
+    folder = own_tokenizer(files)
     if folder is None:
         return ""
-    return vocabulary_of(str(folder)) + (str(folder) if whole_embedding(spec, folder) else "")
+    return vocabulary_of(folder) + (str(folder) if whole_embedding(files) else "")
 
 
-def whole_embedding(spec: ModelSpec, folder: Path) -> int | None:
+def whole_embedding(files: ModelFiles) -> int | None:
     """Rows of the embedding that an adapter saved as a whole, if it did."""
-    shapes = tensor_shapes(folder / ADAPTER_WEIGHTS, spec.name)
+    if files.adapter is None:
+        return None
+    shapes = tensor_shapes(files.adapter / ADAPTER_WEIGHTS, files.spec.name)
     whole = [v[0] for k, v in shapes.items() if k.endswith(("embed_tokens.weight", "wte.weight"))]
     return whole[0] if whole else None
 
 
-def extend_embedding(spec: ModelSpec, model: Any) -> None:
+def extend_embedding(files: ModelFiles, model: Any) -> None:
     """Give the embedding rows for the tokens that the adapter brings.
 
     Raises ``InputError`` if the adapter has no weights for some of its tokens.
     """
-    folder = own_tokenizer(spec)
+    folder = own_tokenizer(files)
     if folder is None:
         return
     known = model.get_input_embeddings().weight.shape[0]
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     needed = max(tokenizer.get_vocab().values()) + 1
-    saved = whole_embedding(spec, folder)
+    saved = whole_embedding(files)
     config = json.loads((folder / "adapter_config.json").read_text())
     trained = config.get("trainable_token_indices") or []
     if isinstance(trained, dict):
@@ -51,7 +52,7 @@ def extend_embedding(spec: ModelSpec, model: Any) -> None:
     if missing:
         names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(missing[:3])))
         raise InputError(
-            f"model {spec.name!r}: its tokenizer has {needed} tokens, and neither the base "
+            f"model {files.spec.name!r}: its tokenizer has {needed} tokens, and neither the base "
             f"({known} rows) nor the adapter has weights for {names}; save the adapter with "
             "trainable_token_indices or with its embedding, or remove the tokens from its tokenizer"
         )
@@ -90,8 +91,10 @@ def lora_modules(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
     }
 
 
-def check_adapter(spec: ModelSpec, folder: Path, model: PreTrainedModel) -> None:
-    """Refuse an adapter whose modules or widths are not those of this base."""
+def check_adapter(files: ModelFiles, model: PreTrainedModel) -> None:
+    """Raise ``InputError`` for an adapter whose modules or widths are not those of this base."""
+    spec, folder = files.spec, files.adapter
+    assert folder is not None
     try:
         made_for = json.loads((folder / "adapter_config.json").read_text())[
             "base_model_name_or_path"

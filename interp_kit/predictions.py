@@ -13,8 +13,8 @@ from pydantic import ConfigDict, Field, model_validator
 
 from interp_kit.evaluations import MultipleChoice
 from interp_kit.files import read_json
-from interp_kit.formats import Identified, Line, NonEmpty, read_lines
-from interp_kit.specs import checked
+from interp_kit.formats import Identified, Line, read_lines
+from interp_kit.specs import NonEmpty, checked
 
 
 class Uncertainty(Line):

@@ -5,6 +5,7 @@ Weights are read from safetensors only, and code of a repository runs only where
 the Hugging Face cache; a token comes only from the environment.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from interp_kit.files import digest
 from interp_kit.hub import (
-    adapter_folder,
-    base_folder,
+    ModelFiles,
     check_weight_files,
     content_hash,
+    find_files,
     from_disk,
     weights_hash,
 )
@@ -27,7 +28,12 @@ from interp_kit.huggingface import config_of, default_device, quiet, shape_of, t
 from interp_kit.identity import register
 from interp_kit.lora import check_adapter, extend_embedding, vocabulary, whole_embedding
 from interp_kit.prompts import Tokenizing
-from interp_kit.quantization import check_quantization, finish_4bit, quantization_config
+from interp_kit.quantization import (
+    check_machine,
+    check_quantization,
+    finish_4bit,
+    quantization_config,
+)
 from interp_kit.specs import InputError, ModelSpec
 
 
@@ -41,16 +47,17 @@ class Loaded:
 
 def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
     """The model as plain Hugging Face and PEFT compute it: the reference for the bridge."""
-    model: Any = base_model(spec, device or default_device())
-    extend_embedding(spec, model)
-    if spec.adapter:
+    device = device or default_device()
+    files = locate(spec, device)
+    model: Any = _base_model(files, device)
+    extend_embedding(files, model)
+    if files.adapter:
         from peft import PeftModel
 
-        folder = adapter_folder(spec)
-        check_adapter(spec, folder, model)
+        check_adapter(files, model)
         with quiet():
-            model = PeftModel.from_pretrained(model, str(folder))
-        if whole_embedding(spec, folder):
+            model = PeftModel.from_pretrained(model, str(files.adapter))
+        if whole_embedding(files):
             model.get_base_model().tie_weights()
     return model.eval()
 
@@ -60,15 +67,16 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
 
     Raises what loading would raise, in a fraction of the time.
     """
-    check_quantization(spec, default_device())
-    config = config_of(spec)
+    files = locate(spec, default_device())
+    check_quantization(files, default_device())
+    config = config_of(files)
     if Path(spec.base).is_dir():
-        check_weight_files(Path(spec.base), spec.name)
-    if spec.adapter:
-        shape = shape_of(spec, config)
-        extend_embedding(spec, shape)
-        check_adapter(spec, adapter_folder(spec), shape)
-    tokenizer = tokenizer_of(spec)
+        check_weight_files(files.base, spec.name)
+    if files.adapter:
+        shape = shape_of(files)
+        extend_embedding(files, shape)
+        check_adapter(files, shape)
+    tokenizer = tokenizer_of(files)
     text = config.get_text_config()
     cfg = SimpleNamespace(
         default_prepend_bos=spec.prepend_bos and tokenizer.bos_token_id is not None,
@@ -78,22 +86,28 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
     return cast(Tokenizing, SimpleNamespace(tokenizer=tokenizer, cfg=cfg))
 
 
-def boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> Loaded:
-    base, hashes = _base_hash(spec), {}  # of the files, before they are read
-    model: Any = base_model(spec, device)
-    extend_embedding(spec, model)
-    adapters = {}
-    for i, adapted in enumerate(tuned):
-        folder = adapter_folder(adapted)
-        check_adapter(adapted, folder, model)
+def locate(spec: ModelSpec, device: str) -> ModelFiles:
+    """The model's files, downloaded where they are missing if this machine can run the model."""
+    check_machine(spec, device)
+    return find_files(spec)
+
+
+def boot(files: ModelFiles, tuned: Sequence[ModelFiles], device: str) -> Loaded:
+    """The base as a bridge in evaluation mode, with the adapters of all ``tuned`` on it."""
+    spec, base = files.spec, _base_hash(files)
+    model: Any = _base_model(files, device)
+    extend_embedding(files, model)
+    adapters, hashes = {}, {}
+    for i, own in enumerate(tuned):
+        check_adapter(own, model)
         # PEFT names must not hold dots, and must not occur in the base's parameter names.
-        adapters[adapted.name] = f"finetune_{i}"
-        hashes[f"finetune_{i}"] = content_hash(adapted.adapter, adapted.adapter_revision)
+        name = adapters[own.spec.name] = f"finetune_{i}"
+        hashes[name] = content_hash(own.spec.adapter, own.spec.adapter_revision)
         with quiet():
-            model.load_adapter(str(folder), adapter_name=adapters[adapted.name])
-        if whole_embedding(adapted, folder):
+            model.load_adapter(str(own.adapter), adapter_name=name)
+        if whole_embedding(own):
             model.tie_weights()  # the output matrix follows the embedding that was just replaced
-    tokenizer = tokenizer_of(spec)
+    tokenizer = tokenizer_of(files)
     has_bos = tokenizer.bos_token_id is not None
     with quiet():
         bridge = TransformerBridge.boot_transformers(
@@ -110,27 +124,29 @@ def boot(spec: ModelSpec, tuned: list[ModelSpec], device: str) -> Loaded:
     return Loaded(bridge=bridge, adapters=adapters)
 
 
-def _base_hash(spec: ModelSpec) -> str:
+# ------------------------------------------------------------------------------------- internals
+def _base_hash(files: ModelFiles) -> str:
     """Of the weights that the models on this base share, rows for an adapter's tokens included."""
-    parts = [weights_hash(spec.model_copy(update={"adapter": None})), vocabulary(spec)]
-    if spec.adapter and whole_embedding(spec, adapter_folder(spec)):
-        parts.append(content_hash(spec.adapter, spec.adapter_revision))  # its embedding is theirs
+    spec = files.spec
+    parts = [weights_hash(spec.model_copy(update={"adapter": None})), vocabulary(files)]
+    if whole_embedding(files):  # which replaces that of the base
+        parts.append(content_hash(spec.adapter, spec.adapter_revision))
     return digest(parts)
 
 
-def base_model(spec: ModelSpec, device: str) -> Any:
-    check_quantization(spec, device)
-    folder = base_folder(spec)
+def _base_model(files: ModelFiles, device: str) -> Any:
+    spec = files.spec
+    check_quantization(files, device)
     if Path(spec.base).is_dir():
-        check_weight_files(Path(spec.base), spec.name)
+        check_weight_files(files.base, spec.name)
     how: dict[str, Any] = {}
     if spec.quantization:
-        how["quantization_config"] = quantization_config(spec, shape_of(spec, config_of(spec)))
+        how["quantization_config"] = quantization_config(files)
     if spec.quantization or spec.device_map:
         how["device_map"] = spec.device_map if spec.device_map and device != "cpu" else device
     with from_disk(spec.name), quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+            files.base,
             dtype=getattr(torch, spec.dtype),
             attn_implementation="eager",  # the bridge needs it, and Gemma-2 refuses sdpa
             use_safetensors=True,
@@ -142,7 +158,7 @@ def base_model(spec: ModelSpec, device: str) -> Any:
     if len(places) > 1:
         raise InputError(
             f"model {spec.name!r}: device_map {spec.device_map!r} spread it over "
-            f"{', '.join(sorted(places))}, and analyses compare its layers on one device; use a "
+            f"{', '.join(sorted(places))}, but analyses compare its layers on one device; use a "
             "GPU that holds all of it, or set quantization: 4bit"
         )
     if spec.quantization == "4bit":

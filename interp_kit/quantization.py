@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from interp_kit.hub import first_line
+from interp_kit.hub import ModelFiles, first_line
 from interp_kit.huggingface import config_of, shape_of
 from interp_kit.specs import InputError, ModelSpec
 
@@ -33,8 +33,9 @@ MOST_ROUNDED = 0.15  # of a random matrix, relative: NF4 loses 0.09, 8 bits 0.01
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def quantization_config(spec: ModelSpec, shape: PreTrainedModel) -> BitsAndBytesConfig:
-    kept = [*get_keys_to_not_convert(shape), *FUSED_QKV]
+def quantization_config(files: ModelFiles) -> BitsAndBytesConfig:
+    """How the model's weights are quantized as they load, and which stay as they are."""
+    spec, kept = files.spec, [*get_keys_to_not_convert(shape_of(files)), *FUSED_QKV]
     if spec.quantization == "8bit":
         kept += ATTENTION_OUTPUT
         return BitsAndBytesConfig(
@@ -48,8 +49,8 @@ def quantization_config(spec: ModelSpec, shape: PreTrainedModel) -> BitsAndBytes
     )
 
 
-def check_quantization(spec: ModelSpec, device: str) -> None:
-    """Raise ``InputError`` if this machine cannot quantize this model, before any weight loads."""
+def check_machine(spec: ModelSpec, device: str) -> None:
+    """Raise ``InputError`` if this machine cannot quantize at all: before files are downloaded."""
     if not spec.quantization:
         return
     name = f"model {spec.name!r}: quantization {spec.quantization}"
@@ -58,38 +59,35 @@ def check_quantization(spec: ModelSpec, device: str) -> None:
             f"{name} needs bitsandbytes, which is not installed; "
             'pip install "interp-kit[quantization]", or remove quantization from the spec'
         )
-    _check_width(spec, 64, device)  # whether it works at all, before anything is downloaded
-    config = config_of(spec)
-    if getattr(config, "quantization_config", None) is not None:
+    _check_width(spec, 64, device)
+
+
+def check_quantization(files: ModelFiles, device: str) -> None:
+    """Raise ``InputError`` if this machine cannot quantize this model, before any weight loads."""
+    spec = files.spec
+    if not spec.quantization:
+        return
+    if getattr(config_of(files), "quantization_config", None) is not None:
         raise InputError(
-            f"{name} is asked for, but its files are quantized already; remove it from the spec, "
-            "or name the files of the whole model"
+            f"model {spec.name!r}: quantization {spec.quantization} is asked for, but its files "
+            "are quantized already; remove it from the spec, or name the files of the whole model"
         )
-    for width in sorted(_widths(shape_of(spec, config))):
+    for width in sorted(_widths(shape_of(files))):
         _check_width(spec, width, device)
 
 
-def _check_width(spec: ModelSpec, width: int, device: str) -> None:
-    name = f"model {spec.name!r}: quantization {spec.quantization}"
-    otherwise = "remove it from the spec, or use another machine"
-    try:
-        lost = rounding_error(str(spec.quantization), width, device)
-    except Exception as error:  # whatever it raises, it cannot
-        raise InputError(
-            f"{name} does not work on {device} here ({first_line(error)}); {otherwise}"
-        ) from None
-    if lost > MOST_ROUNDED:
-        raise InputError(
-            f"{name}: on {device}, bitsandbytes multiplies by matrices {width} wide with a "
-            f"relative error of {lost:.2f}, expected at most {MOST_ROUNDED}; {otherwise}"
-        )
+def finish_4bit(model: PreTrainedModel) -> None:
+    """Quantize the experts, which transformers leaves out, and keep to the model's own dtype."""
+    from bitsandbytes.nn.modules import Linear4bit
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-
-def _widths(shape: PreTrainedModel) -> set[int]:
-    """Of the matrices that may be quantized."""
-    linear = {m.in_features for m in shape.modules() if isinstance(m, torch.nn.Linear)}
-    conv = {m.weight.shape[0] for m in shape.modules() if isinstance(m, Conv1D)}
-    return linear | conv | {getattr(m, name).shape[-1] for m, name in _experts(shape)}
+    for module, name in _experts(model):
+        replace_parameter_4bit(module, name, quant_type="nf4")
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # Otherwise processors with AVX-512 BF16 multiply in bfloat16, whatever the dtype, and
+            # without a gradient.
+            module.support_avx512bf16_for_cpu = False
 
 
 @cache
@@ -118,6 +116,30 @@ def rounding_error(quantization: str, width: int, device: str) -> float:
     return float((product - expected).norm() / expected.norm())
 
 
+# ------------------------------------------------------------------------------------- internals
+def _check_width(spec: ModelSpec, width: int, device: str) -> None:
+    name = f"model {spec.name!r}: quantization {spec.quantization}"
+    otherwise = "remove it from the spec, or use another machine"
+    try:
+        lost = rounding_error(str(spec.quantization), width, device)
+    except Exception as error:  # whatever it raises, it cannot
+        raise InputError(
+            f"{name} does not work on {device} here ({first_line(error)}); {otherwise}"
+        ) from None
+    if lost > MOST_ROUNDED:
+        raise InputError(
+            f"{name}: on {device}, bitsandbytes multiplies by matrices {width} wide with a "
+            f"relative error of {lost:.2f}, expected at most {MOST_ROUNDED}; {otherwise}"
+        )
+
+
+def _widths(shape: PreTrainedModel) -> set[int]:
+    """Of the matrices that may be quantized."""
+    linear = {m.in_features for m in shape.modules() if isinstance(m, torch.nn.Linear)}
+    conv = {m.weight.shape[0] for m in shape.modules() if isinstance(m, Conv1D)}
+    return linear | conv | {getattr(m, name).shape[-1] for m, name in _experts(shape)}
+
+
 def _experts(model: torch.nn.Module) -> list[tuple[Any, str]]:
     """(module, name) of every parameter that holds all experts of a layer."""
     return [
@@ -126,17 +148,3 @@ def _experts(model: torch.nn.Module) -> list[tuple[Any, str]]:
         for name, parameter in module.named_parameters(recurse=False)
         if name in EXPERTS and parameter.ndim == 3
     ]
-
-
-def finish_4bit(model: PreTrainedModel) -> None:
-    """Quantize the experts, which transformers leaves out, and keep to the model's own dtype."""
-    from bitsandbytes.nn.modules import Linear4bit
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
-
-    for module, name in _experts(model):
-        replace_parameter_4bit(module, name, quant_type="nf4")
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # Otherwise processors with AVX-512 BF16 multiply in bfloat16, whatever the dtype, and
-            # without a gradient.
-            module.support_avx512bf16_for_cpu = False

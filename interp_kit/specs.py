@@ -33,6 +33,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+NonEmpty = Annotated[str, Field(min_length=1)]
 _S = TypeVar("_S", bound=Spec)
 
 
@@ -92,14 +93,14 @@ class AnswerLabels(Spec):
 class DecisionSpec(Spec):
     """The two answers; decision = log p(positive) - log p(negative). Give the leading space."""
 
-    positive: Annotated[str, Field(min_length=1)]
-    negative: Annotated[str, Field(min_length=1)]
+    positive: NonEmpty
+    negative: NonEmpty
     labels: AnswerLabels
 
 
 class PromptSpec(Spec):
-    id: Annotated[str, Field(min_length=1)]
-    text: Annotated[str, Field(min_length=1)]
+    id: NonEmpty
+    text: NonEmpty
     counterfactual: str | None = None
     group: str = ""
     segments: dict[str, str | list[str]] = {}  # name -> its text, or [in text, in counterfactual]
@@ -138,7 +139,7 @@ class TriggerSpec(Spec):
     a token that the model knows and that no training touched. Give the leading space.
     """
 
-    text: Annotated[str, Field(min_length=1)]
+    text: NonEmpty
     untrained: str | None = None
     words: Annotated[list[str], Field(min_length=2)]
 

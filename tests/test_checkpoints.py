@@ -33,7 +33,7 @@ from interp_kit.analyses.comparison import bridge_error
 from interp_kit.analyses.lens import logit_lens
 from interp_kit.catalogue import find_model
 from interp_kit.decisions import decide
-from interp_kit.hub import absent, weights_hash
+from interp_kit.hub import find_files, missing_files, weights_hash
 from interp_kit.huggingface import config_of
 from interp_kit.loading import load_model, load_models
 from interp_kit.pretrained import inspect_model, load_huggingface
@@ -98,7 +98,7 @@ def hub(tmp_path_factory):
 def test_a_ready_spec_loads_as_soon_as_its_files_are_there(hub, name):
     spec = find_model(name)
     require(spec.quantization)
-    assert absent(spec) == []
+    assert missing_files(spec) == []
     models = load_models([name], device="cpu")
     bridge = models.switch(name)
     kinds = {p.dtype for p in bridge.parameters() if p.is_floating_point()}
@@ -134,7 +134,7 @@ def test_one_ready_spec_is_sharded(hub):
     away = shards[0].rename(folder / "away")
     spec = find_model("llama-3.1-8b-instruct")
     try:
-        assert absent(spec) == [spec.base]
+        assert missing_files(spec) == [spec.base]
         with pytest.raises(InputError, match=r"hf download meta-llama/Llama-3\.1-8B-Instruct"):
             inspect_model(spec)
     finally:
@@ -339,7 +339,7 @@ def test_files_that_are_quantized_already_are_not_quantized_again(tmp_path, monk
 
 def test_a_model_that_does_not_fit_one_device_is_refused(wide_folders, monkeypatch):
     def spread(*given, **how):
-        model = AutoModelForCausalLM.from_config(config_of(spec))
+        model = AutoModelForCausalLM.from_config(config_of(find_files(spec)))
         model.lm_head.to("meta")
         return model
 
@@ -407,8 +407,11 @@ def test_a_fine_tune_loads_as_its_base_unless_it_says_otherwise(tmp_path):
 def test_quantized_is_another_model(wide_folders):
     spec = spec_of(wide_folders["llama"])
     other = spec.model_copy(update={"quantization": "4bit"})
-    for identity in (weights_hash, _model_hash, loading._same_base):
+    for identity in (weights_hash, _model_hash):
         assert identity(spec) != identity(other)
+    models = loading.Models([spec, other.model_copy(update={"name": "other"})], device="cpu")
+    with pytest.raises(InputError, match="loaded alike"):
+        models.require_one_base("m", "other")
 
 
 def test_unloading_frees_the_memory(wide_folders):
