@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from interp_kit.analyses import tuned_lens as tl
+from interp_kit.analyses import tuned_lens_training as training
 from interp_kit.analyses.lens import logit_lens, trajectory_statistics
 from interp_kit.decisions import decide, last_logits, losses
 from interp_kit.loading import load_model
@@ -19,7 +20,7 @@ from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 from tests.tiny import WORDS
 
-SHORT = tl.LensRecipe(steps=6, rows=4)
+SHORT = training.LensRecipe(steps=6, rows=4)
 
 
 def tiny_rows(bridge, n: int = 12) -> list[tuple[int, ...]]:
@@ -55,8 +56,8 @@ def base(organisms):
     bridge = organisms.switch("tiny-gemma2")
     lines = Path(organisms.specs["tiny-gemma2"].documents).read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
-    rows, held_out = tl.split(tl.text_rows(bridge, texts))
-    lens = tl.train_tuned_lens(bridge, rows, recipe=tl.LensRecipe(steps=40))
+    rows, held_out = training.split(tl.text_rows(bridge, texts))
+    lens = training.train_tuned_lens(bridge, rows, recipe=training.LensRecipe(steps=40))
     return bridge, rows, held_out[:32], lens
 
 
@@ -115,9 +116,9 @@ def test_a_text_is_measured_alike_alone_and_among_others(llama, monkeypatch):
 
 def test_gradients_do_not_depend_on_how_much_is_read_at_once(llama, monkeypatch):
     rows = tiny_rows(llama)
-    whole = tl.train_tuned_lens(llama, rows, recipe=SHORT)
+    whole = training.train_tuned_lens(llama, rows, recipe=SHORT)
     monkeypatch.setattr(tl, "READ_AT_ONCE", 5 * 512 * 4)
-    parts = tl.train_tuned_lens(llama, rows, recipe=SHORT)
+    parts = training.train_tuned_lens(llama, rows, recipe=SHORT)
     assert whole.weight.abs().max() > 0.01
     assert torch.allclose(whole.weight, parts.weight, atol=1e-5)
 
@@ -134,7 +135,7 @@ def test_a_planted_offset_is_recovered(tiny_folders):
         block.mlp.c_proj.weight.zero_()
         block.mlp.c_proj.bias.copy_(offset)
     rows = tiny_rows(bridge, 60)
-    lens = tl.train_tuned_lens(bridge, rows[:48], recipe=tl.LensRecipe(steps=150))
+    lens = training.train_tuned_lens(bridge, rows[:48], recipe=training.LensRecipe(steps=150))
     lenses = {"tuned": lens, "logit": tl.TunedLens.identity(bridge)}
     kl = tl.lens_divergence(bridge, rows[48:], lenses).groupby(["lens", "layer"]).kl.mean()
     print(
@@ -162,8 +163,8 @@ def test_training_lowers_the_divergence_on_held_out_texts(base):
 
 def test_a_lens_for_text_that_the_model_wrote_itself(shared):
     bridge = load_model(str(shared / "models" / "stories260K"), device="cpu")
-    rows, held_out = tl.split(tl.own_texts(bridge, 128, length=48))
-    lens = tl.train_tuned_lens(bridge, rows, recipe=tl.LensRecipe(steps=60))
+    rows, held_out = training.split(training.own_texts(bridge, 128, length=48))
+    lens = training.train_tuned_lens(bridge, rows, recipe=training.LensRecipe(steps=60))
     lenses = {"tuned": lens, "logit": tl.TunedLens.identity(bridge)}
     kl = tl.lens_divergence(bridge, held_out, lenses).groupby(["layer", "lens"]).kl.mean().unstack()
     middle = kl.loc[list(tl.middle_layers(bridge.cfg.n_layers))].mean()
@@ -186,7 +187,7 @@ def test_no_constant_prediction_is_better_than_the_mean_prediction(llama):
 
 def test_an_interrupted_training_goes_on_to_the_same_lens(llama, tmp_path, monkeypatch):
     rows = tiny_rows(llama)
-    whole = tl.train_tuned_lens(llama, rows, recipe=SHORT, model="tiny")
+    whole = training.train_tuned_lens(llama, rows, recipe=SHORT, model="tiny")
     given, left = tl.residual_stream, [5]
 
     def interrupted(*args):
@@ -198,28 +199,28 @@ def test_an_interrupted_training_goes_on_to_the_same_lens(llama, tmp_path, monke
     how = {"recipe": SHORT, "model": "tiny", "checkpoint": tmp_path, "every": 2}
     monkeypatch.setattr(tl, "residual_stream", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tl.train_tuned_lens(llama, rows, **how)
+        training.train_tuned_lens(llama, rows, **how)
     left[0] = 2  # two of six steps are left after the checkpoint at four
-    resumed = tl.train_tuned_lens(llama, rows, **how)
+    resumed = training.train_tuned_lens(llama, rows, **how)
     assert torch.equal(resumed.weight, whole.weight)
     assert torch.equal(resumed.bias, whole.bias)
     left[0] = 0  # done: nothing is computed again
-    assert torch.equal(tl.train_tuned_lens(llama, rows, **how).weight, whole.weight)
+    assert torch.equal(training.train_tuned_lens(llama, rows, **how).weight, whole.weight)
     for other in ({"model": "another"}, {"recipe": replace(SHORT, steps=7)}):
         with pytest.raises(InputError, match="another"):
-            tl.train_tuned_lens(llama, rows, **how | other)
+            training.train_tuned_lens(llama, rows, **how | other)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match="not readable"):
-        tl.train_tuned_lens(llama, rows, **how)
+        training.train_tuned_lens(llama, rows, **how)
 
 
 # ------------------------------------------------------------------------------------------ texts
 def test_own_texts_are_the_seeds_and_end_once(base):
     bridge = base[0]
     state = torch.get_rng_state()
-    rows = tl.own_texts(bridge, 6, length=40, seed=3)
+    rows = training.own_texts(bridge, 6, length=40, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
-    assert rows == tl.own_texts(bridge, 6, length=40, seed=3) != tl.own_texts(bridge, 6, seed=4)
+    assert rows == training.own_texts(bridge, 6, length=40, seed=3) != training.own_texts(bridge, 6, seed=4)
     end = bridge.tokenizer.eos_token_id
     for row in rows:
         assert row[0] == bridge.tokenizer.bos_token_id
@@ -231,15 +232,15 @@ def test_own_texts_are_the_seeds_and_end_once(base):
 
 def test_no_text_is_on_both_sides_of_the_split():
     rows = [(1, 2, i % 7) for i in range(40)]
-    train, held_out = tl.split(rows, held_out=0.3)
+    train, held_out = training.split(rows, held_out=0.3)
     assert sorted(train + held_out) == sorted(set(rows))
     with pytest.raises(InputError, match="1 different texts"):
-        tl.split(rows[:1])
+        training.split(rows[:1])
 
 
 def test_texts_too_short_to_read_are_refused(llama):
     with pytest.raises(InputError, match="three tokens"):
-        tl.train_tuned_lens(llama, [(2, 5)], recipe=SHORT)
+        training.train_tuned_lens(llama, [(2, 5)], recipe=SHORT)
 
 
 # ---------------------------------------------------------------------------------------- reading
