@@ -245,8 +245,7 @@ def test_orders_are_not_observations():
         assert (found.value, found.n) == (0.75, 8)
         assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
     once, often = (
-        bootstrap_interval(t, [], "share").iloc[0]
-        for t in (right, pd.concat([right] * 24))
+        bootstrap_interval(t, [], "share").iloc[0] for t in (right, pd.concat([right] * 24))
     )
     assert once.equals(often)
     assert once.low < 0.75 < once.high

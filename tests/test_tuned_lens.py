@@ -220,7 +220,11 @@ def test_own_texts_are_the_seeds_and_end_once(base):
     state = torch.get_rng_state()
     rows = training.own_texts(bridge, 6, length=40, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
-    assert rows == training.own_texts(bridge, 6, length=40, seed=3) != training.own_texts(bridge, 6, seed=4)
+    assert (
+        rows
+        == training.own_texts(bridge, 6, length=40, seed=3)
+        != training.own_texts(bridge, 6, seed=4)
+    )
     end = bridge.tokenizer.eos_token_id
     for row in rows:
         assert row[0] == bridge.tokenizer.bos_token_id
