@@ -72,6 +72,7 @@ def answered(questions, content, bias=(0.0,) * 6) -> pd.DataFrame:
 
 # ------------------------------------------------------------------------------------------ asking
 @pytest.mark.parametrize("template", [behaviour.LETTERS, behaviour.CLOZE])
+@torch.no_grad()
 def test_log_probabilities_are_those_of_one_prompt_at_a_time(tiny_bridge, template):
     questions = [
         item("ba", options=("bi", "bo ku da")),
@@ -81,7 +82,8 @@ def test_log_probabilities_are_those_of_one_prompt_at_a_time(tiny_bridge, templa
     table = answer_questions(tiny_bridge, questions, template=template)
     encode, bos = tiny_bridge.tokenizer, tiny_bridge.tokenizer.bos_token_id
     for q in questions:
-        for _, rows in table[table.question == q.id].groupby("order"):
+        orders = table[(table.question == q.id) & (table.order % 5 == 0)].groupby("order")
+        for _, rows in orders:
             shown = " ".join(f"{r.letter}: {q.options[r.option]}" for r in rows.itertuples())
             prompt = template.replace("{question}", q.question).replace("{options}", shown)
             for row in rows.itertuples():

@@ -1,5 +1,4 @@
-"""Activation difference lens (ADL): what fine-tuning left in the stream of text it has nothing to
-do with.
+"""Activation difference lens (ADL): traces of fine-tuning on text unrelated to it.
 
 delta = h_tuned - h_base, the residual stream on the same neutral tokens, after every block and at
 every position. Position 0 is special in most models and the next few carry the clearest traces,

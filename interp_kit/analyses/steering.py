@@ -3,8 +3,12 @@
 ``steered`` adds strength ||h|| v after one block at every position but 0, in units of the stream's
 own norm there; whatever runs inside is steered: one decision, a grid of them, generated text.
 ``add_direction`` does the same at each prompt's last position alone. ``ablate_direction`` takes
-back what a suffix changed along v, at the suffix, after the given blocks: h - ((h - h_without) . v)
-v. The control is random directions of the same norm. The operators are those of ``interventions``.
+back what a suffix changed along v, at the suffix's position, after the given blocks:
+
+    h - ((h - h_without) . v) v
+
+The control is random directions, added with the same strength. The operators are those of
+``interventions``.
 
 Sources: Turner et al., "Activation Addition", arXiv:2308.10248; Rimsky et al., "Steering Llama 2
 via Contrastive Activation Addition", arXiv:2312.06681; Arditi et al., "Refusal in Language Models
