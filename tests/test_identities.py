@@ -16,9 +16,10 @@ from interp_kit.analyses.attribution import (
     random_direction_control,
 )
 from interp_kit.analyses.comparison import bridge_error
-from interp_kit.analyses.lens import logit_lens, random_direction_lens, top_tokens
+from interp_kit.analyses.lens import logit_lens, random_direction_lens
 from interp_kit.catalogue import find_model
 from interp_kit.decisions import decide
+from interp_kit.layer_readout import top_tokens
 from interp_kit.loading import load_model
 from interp_kit.passes import read_last, resumed, shared_passes
 from interp_kit.patching.patches import unit_patches
@@ -194,7 +195,7 @@ def test_the_last_layer_of_the_lens_is_the_model(tiny_bridge):
 
 def test_the_lens_names_the_models_own_next_token(tiny_bridge):
     prompt = tiny_prompts(tiny_bridge)[2]
-    top = top_tokens(tiny_bridge, prompt, k=1).iloc[-1]
+    top = top_tokens(tiny_bridge, [prompt], k=1).iloc[-1]
     logits = tiny_bridge(torch.tensor([prompt.tokens]))[0, -1]
     assert top.token == tiny_bridge.tokenizer.decode([int(logits.argmax())])
     assert top.p == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
