@@ -145,6 +145,20 @@ def test_what_failed_comes_first_then_answers_then_findings(run):
     assert "ValueError: &lt;script&gt;" in text
 
 
+def test_every_answer_reaches_the_index_and_the_page_of_its_cell(run):
+    """Of single analyses and of summaries, in full."""
+    whole = html.unescape(index_of(run))
+    answered = [r for r in read_folder(run) if r.recorded and r.recorded.answers]
+    assert {r.notebook for r in answered} == {"01_analysis", "02_analysis", "91_summary"}
+    for result in answered:
+        page = html.unescape((result.folder / "index.html").read_text(encoding="utf-8"))
+        own = whole[whole.index("<h2>Answers") : whole.index("<h2>Findings")]
+        own = own[own.index(f'href="{result.id}/index.html"') :].split("</section>")[0]
+        for question, said in result.recorded.answers.items():
+            for text in (page, own):
+                assert f"<dt>{question}</dt><dd>{said}</dd>" in text
+
+
 def test_damaged_files_are_named_and_stop_nothing(run):
     text = html.unescape(index_of(run))
     damaged = text[text.index("<h2>Damaged") : text.index("<h2>Answers")]
