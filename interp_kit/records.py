@@ -141,11 +141,12 @@ def record(
 
 
 def provenance() -> dict[str, str]:
-    """When, from which commit and on what this is made: ``date commit python platform``.
+    """When, from what and where a result is made: ``date interp-kit commit python platform``.
 
     ``commit`` ends in ``-dirty`` if tracked files differ from it; outside a repository it is empty.
     """
     return {
+        PACKAGES[0]: version(PACKAGES[0]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),

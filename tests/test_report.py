@@ -14,12 +14,14 @@ from itertools import pairwise
 
 import pandas as pd
 import pytest
+from plotly.offline import get_plotlyjs
 from typer.testing import CliRunner
 
 from interp_batch.cli import app
 from interp_batch.report.findings import compare, findings, read_folder
 from interp_batch.report.gallery import write_gallery
 from interp_batch.report.pictures import find_browser, write_pictures
+from interp_batch.report.policy import crisp_image_style, stylesheet_ids
 from interp_kit.figures import bars, heatmap, text_grid, token_grid, trajectories
 from interp_kit.files import dump_json
 from interp_kit.records import named, provenance, record
@@ -308,6 +310,14 @@ def test_only_known_scripts_and_styles_may_run(run):
             for text in texts:
                 digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                 assert f"'sha256-{digest}'" in rules[f"{tag}-src"]
+
+
+def test_plotly_still_sets_the_two_styles_that_the_policy_allows():
+    """If a release of plotly fails here, look at how plotly.js sets styles now; see ``policy``."""
+    (id,) = stylesheet_ids()
+    assert re.search(rf'\.id="{id}",\w+\.textContent=.\.maplibregl-map', get_plotlyjs())
+    assert crisp_image_style().startswith("image-rendering: optimizeSpeed; image-rendering: ")
+    assert ".STYLE=" in get_plotlyjs().split("CSS_DECLARATIONS=")[1][:500]  # joined as we do it
 
 
 def test_no_text_of_the_run_becomes_markup_or_leaves_its_script(run):
