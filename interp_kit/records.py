@@ -1,4 +1,4 @@
-"""What a notebook leaves behind: a tidy table, a summary of named values, figures as data."""
+"""What a notebook records: a tidy table, a summary of named values, answers, figures as data."""
 
 import math
 import os
