@@ -29,8 +29,10 @@ import psutil
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from interp_batch import warm
+from interp_batch.execution import RunOptions
 from interp_batch.matrix import Cell, expand
-from interp_batch.runner import How, read_status, run_cells
+from interp_batch.results import read_status
+from interp_batch.runner import run_cells
 from interp_kit.specs import RunSpec
 
 NOTEBOOKS = ["01_logit_lens", "02_direct_logit_attribution", "03_activation_patching"]
@@ -119,7 +121,7 @@ def _measured(kernel: str, cells: list[Cell], workers: int) -> dict[str, Any]:
     """One row: the whole batch, and the most memory that it took."""
     with _Memory() as memory:
         started = time.monotonic()
-        outcomes = run_cells(cells, workers=workers, how=How(kernel=kernel))
+        outcomes = run_cells(cells, workers=workers, options=RunOptions(kernel=kernel))
         total = time.monotonic() - started
     failed = [o.error for o in outcomes if o.state != "ok"]
     if failed:

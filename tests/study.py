@@ -110,7 +110,7 @@ def main() -> None:
 
     folder = sys.argv.pop(1)
     matrix.expand.__kwdefaults__["notebooks"] = Path(folder)
-    cli._preflight = lambda cells, data: None  # these notebooks load no model
+    cli.preflight = lambda cells, data: None  # these notebooks load no model
     cli.main()
 
 
