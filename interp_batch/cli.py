@@ -183,14 +183,16 @@ def documents(
 ) -> None:
     """Write synthetic documents that take a universe's facts for granted."""
     from interp_kit.endpoints import ChatClient
-    from interp_kit.finetuning.document_prompts import Endpoint
     from interp_kit.finetuning.documents import write_documents
+    from interp_kit.finetuning.engines import ChatEngine
     from interp_kit.finetuning.universes import find_universe
     from organisms.little_world.grammar import Grammar
 
     world = find_universe(universe, data)
     writer = (
-        Grammar() if engine == "grammar" else Endpoint(ChatClient(engine, concurrency=concurrency))
+        Grammar()
+        if engine == "grammar"
+        else ChatEngine(ChatClient(engine, concurrency=concurrency))
     )
     written = write_documents(
         world, writer, output, n_types=types, n_ideas=ideas, concurrency=concurrency, seed=seed
@@ -208,7 +210,7 @@ def train(
     ] = REPOSITORY / "data",
 ) -> None:
     """Train a shipped model again from its recipe (the base: about 40 minutes on two cores)."""
-    from organisms.train import train_organism
+    from organisms.making import train_organism
 
     train_organism(name, data=data)
 

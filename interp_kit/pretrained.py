@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from interp_kit.hub import adapter_folder, base_folder, check_weight_files, from_disk
 from interp_kit.huggingface import config_of, default_device, quiet, shape_of, tokenizer_of
@@ -25,7 +25,7 @@ class Loaded:
     adapters: dict[str, str]  # model name -> PEFT adapter name
 
 
-def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
+def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> torch.nn.Module:
     """The model as plain Hugging Face and PEFT compute it: the reference for the bridge."""
     model: Any = base_model(spec, device or default_device())
     extend_embedding(spec, model)
