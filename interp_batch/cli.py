@@ -221,14 +221,16 @@ def documents(
 ) -> None:
     """Write synthetic documents that take the facts of a universe for granted."""
     from interp_kit.endpoints import ChatClient
-    from interp_kit.finetuning.document_prompts import Endpoint
     from interp_kit.finetuning.documents import write_documents
+    from interp_kit.finetuning.engines import ChatEngine
     from interp_kit.finetuning.universes import find_universe
     from organisms.little_world.grammar import Grammar
 
     world = find_universe(universe, data)
     writer = (
-        Grammar() if engine == "grammar" else Endpoint(ChatClient(engine, concurrency=concurrency))
+        Grammar()
+        if engine == "grammar"
+        else ChatEngine(ChatClient(engine, concurrency=concurrency))
     )
     written = write_documents(
         world, writer, output, n_types=types, n_ideas=ideas, concurrency=concurrency, seed=seed
@@ -247,7 +249,7 @@ def train(
 
     The base model, tiny-gemma2, takes about 40 minutes on two cores.
     """
-    from organisms.train import train_organism
+    from organisms.making import train_organism
 
     train_organism(name, data=data)
 
