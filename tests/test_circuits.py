@@ -45,7 +45,7 @@ def test_a_circuit_suffices_and_every_component_of_it_is_needed(
 
     def enough(patches):
         value = np.mean([float(e.values([frozenset(patches)])[1]) for e in experiments])
-        source = np.mean([e.source for e in experiments])
+        source = np.mean([e.source_value for e in experiments])
         if recover == 0:
             return (value > 0) != (baseline > 0)
         return (value - baseline) / (source - baseline) >= recover

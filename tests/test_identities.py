@@ -22,9 +22,10 @@ from interp_kit.decisions import decide
 from interp_kit.layer_readout import top_tokens
 from interp_kit.loading import load_model
 from interp_kit.passes import read_last, resumed, shared_passes
+from interp_kit.patching import sweep
 from interp_kit.patching.patches import unit_patches
 from interp_kit.patching.positions import first_difference
-from interp_kit.patching.sweep import Sweep
+from interp_kit.patching.writes import writing_hooks
 from interp_kit.pretrained import load_huggingface
 from tests.conftest import tiny_prompts
 from tests.tiny import ARCHITECTURES
@@ -211,14 +212,14 @@ def test_patching_a_prompt_into_itself_changes_nothing(tiny_bridge):
 
 def test_the_identity_patch_is_computed_though_nothing_can_change(tiny_bridge, monkeypatch):
     prompt = tiny_prompts(tiny_bridge)[0]
-    written, write = [], Sweep._write
+    written = []
 
-    def off_by_one(self, place, entries, start, length):
-        written.extend(patch for _, patch in entries)
-        hooks = write(self, place, entries, start, length)
+    def off_by_one(one, source):
+        written.extend(patch for patches in one.patch_sets for patch in patches)
+        hooks = writing_hooks(one, source)
         return [(name, lambda x, hook, put=put: put(x, hook) + 1) for name, put in hooks]
 
-    monkeypatch.setattr(Sweep, "_write", off_by_one)
+    monkeypatch.setattr(sweep, "writing_hooks", off_by_one)
     assert identity_patch_error(tiny_bridge, [prompt]) > 1e-3
     assert min(pos for patch in written for pos in patch.positions) == first_difference(prompt)
     stream = [patch for patch in written if patch.site == "resid_pre"]

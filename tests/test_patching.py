@@ -21,12 +21,13 @@ from interp_kit.analyses.activation_patching import (
 from interp_kit.analyses.causal_tracing import causal_trace
 from interp_kit.decisions import decide
 from interp_kit.loading import load_models
-from interp_kit.patching import sweep as sweeps
+from interp_kit.patching import memory, plan, recording
 from interp_kit.patching.experiments import counterfactual_experiment, cross_model_experiment
 from interp_kit.patching.memory import check_memory
-from interp_kit.patching.patches import find_patch, unit_patches
+from interp_kit.patching.patches import Patch, find_patch, unit_patches
 from interp_kit.patching.positions import first_difference
-from interp_kit.patching.recording import Patch, record
+from interp_kit.patching.recording import record, recorded
+from interp_kit.patching.sweep import Sweep
 from interp_kit.prompts import encode, with_random_answers
 from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
@@ -119,7 +120,7 @@ def test_many_answers_and_kl_agree_with_a_sweep_by_hand(tiny_bridge):
         experiment = counterfactual_experiment(tiny_bridge, prompt, [("resid_pre", 0)])
         swapped = decide(tiny_bridge, [prompt, prompt.swapped()]).value
         assert experiment.baseline == pytest.approx(swapped[0], abs=1e-4)
-        assert experiment.source == pytest.approx(swapped[1], abs=1e-4)
+        assert experiment.source_value == pytest.approx(swapped[1], abs=1e-4)
         whole = frozenset([Patch(layer=0, site="resid_pre")])
         assert float(experiment.values([whole])[1]) == pytest.approx(swapped[1], abs=1e-4)
         divergence = counterfactual_experiment(tiny_bridge, prompt, [("resid_pre", 0)], metric="kl")
@@ -129,7 +130,7 @@ def test_many_answers_and_kl_agree_with_a_sweep_by_hand(tiny_bridge):
         ]
         expected = float((logits[0].exp() * (logits[0] - logits[1])).sum())
         assert divergence.baseline == 0
-        assert divergence.source == pytest.approx(expected, abs=1e-5)
+        assert divergence.source_value == pytest.approx(expected, abs=1e-5)
         assert float(divergence.values([whole])[1]) == pytest.approx(expected, abs=1e-5)
 
 
@@ -163,13 +164,13 @@ def test_small_chunks_change_nothing(tiny_bridge, positions, monkeypatch):
 @pytest.fixture
 def passes(monkeypatch):
     """(first position, rows) of every pass of a sweep."""
-    made, run = [], sweeps.Sweep._pass
+    made, run = [], Sweep._run
 
-    def counted(self, rows, base, start, alone):
-        made.append((start, len(rows)))
-        return run(self, rows, base, start, alone)
+    def counted(self, one, before_unembedding):
+        made.append((one.start, len(one.asked)))
+        return run(self, one, before_unembedding)
 
-    monkeypatch.setattr(sweeps.Sweep, "_pass", counted)
+    monkeypatch.setattr(Sweep, "_run", counted)
     return made
 
 
@@ -178,7 +179,7 @@ def test_packed_rows_equal_a_batch(tiny_bridge, monkeypatch, passes):
     packed = activation_patching(tiny_bridge, [prompt], positions="decision")
     assert max(rows for _, rows in passes) > 8
     for name, value in (("PACKED_TOKENS", 8), ("PACKED", 0)):
-        monkeypatch.setattr(sweeps, name, value)
+        monkeypatch.setattr(plan, name, value)
         passes.clear()
         other = activation_patching(tiny_bridge, [prompt], positions="decision")
         assert packed.value.to_numpy() == pytest.approx(other.value.to_numpy(), abs=1e-5)
@@ -194,7 +195,7 @@ def test_passes_of_few_rows_are_made_together(tiny_bridge, monkeypatch, passes):
         return table, [start for start, _ in passes]
 
     together, starts = sweep()
-    monkeypatch.setattr(sweeps, "CALL_FLOPS", {"cpu": 0})
+    monkeypatch.setattr(memory, "CALL_FLOPS", {"cpu": 0})
     apart, starts_apart = sweep()
     first = first_difference(prompt)
     assert starts == [first, first]  # one in each direction: these models are tiny
@@ -204,10 +205,10 @@ def test_passes_of_few_rows_are_made_together(tiny_bridge, monkeypatch, passes):
 
 def test_rows_join_a_pass_only_where_that_costs_less():
     groups = {3: [0, 1], 5: [2, 3], 6: [4, 5, 6], 9: [7]}
-    assert sweeps._merged(groups, 0) == groups
-    assert sweeps._merged(groups, 4) == {3: [0, 1, 2, 3], 6: [4, 5, 6, 7]}
-    assert sweeps._merged(groups, 9) == {3: list(range(8))}
-    assert sweeps._merged({}, 9) == {}
+    assert plan.merged_groups(groups, 0) == groups
+    assert plan.merged_groups(groups, 4) == {3: [0, 1, 2, 3], 6: [4, 5, 6, 7]}
+    assert plan.merged_groups(groups, 9) == {3: list(range(8))}
+    assert plan.merged_groups({}, 9) == {}
 
 
 @pytest.mark.parametrize("replacement", ["zero", "mean"])
@@ -353,8 +354,8 @@ def test_all_heads_and_mlps_together_make_the_target_the_source(fine_tunes):
     for prompt in prompts:
         experiment = cross_model_experiment(models, a, b, prompt, [c.place for c in candidates])
         own = decide(models.switch(a), [prompt]).value[0]
-        assert experiment.source == pytest.approx(own, abs=1e-4)
-        assert abs(experiment.source - experiment.baseline) > 1e-3
+        assert experiment.source_value == pytest.approx(own, abs=1e-4)
+        assert abs(experiment.source_value - experiment.baseline) > 1e-3
 
 
 # --------------------------------------------------------------------------------------- bad input
@@ -447,20 +448,20 @@ def test_a_sweep_that_cannot_fit_says_so_before_it_starts(tiny_bridge, monkeypat
 @pytest.mark.parametrize("analysis", [activation_patching, attribution_patching, causal_trace])
 def test_both_directions_share_two_recordings(tiny_bridge, monkeypatch, analysis):
     prompts = tiny_prompts(tiny_bridge)[:3]
-    recorded = []
-    monkeypatch.setattr(sweeps, "record", lambda *a, **k: recorded.append(1) or record(*a, **k))
+    runs = []
+    monkeypatch.setattr(recording, "record", lambda *a, **k: runs.append(1) or record(*a, **k))
     shared = analysis(tiny_bridge, prompts)
-    n_shared = len(recorded)
-    recorded.clear()
+    n_shared = len(runs)
+    runs.clear()
     with monkeypatch.context() as patched:
         patched.setattr(activations, "KEPT_BYTES", 0)
         apart = analysis(tiny_bridge, prompts)
     pd.testing.assert_frame_equal(shared, apart, check_exact=True)
-    assert n_shared <= len(recorded) / 2
-    recorded.clear()
+    assert n_shared <= len(runs) / 2
+    runs.clear()
     with activations.shared_passes():
         again = [analysis(tiny_bridge, prompts) for _ in range(2)]
-    assert len(recorded) == n_shared
+    assert len(runs) == n_shared
     assert all(table.equals(shared) for table in again)
 
 
@@ -487,7 +488,7 @@ def test_recordings_are_let_go_when_they_are_too_many(tiny_bridge, monkeypatch):
     assert one > 0
     monkeypatch.setattr(activations, "KEPT_BYTES", int(1.5 * one))
     with activations.shared_passes():
-        first = sweeps.recorded(tiny_bridge, tokens[0], [("z", 0)])
-        assert sweeps.recorded(tiny_bridge, tokens[0], [("z", 0)]) is first
-        sweeps.recorded(tiny_bridge, tokens[1], [("z", 0)])
-        assert sweeps.recorded(tiny_bridge, tokens[0], [("z", 0)]) is not first
+        first = recorded(tiny_bridge, tokens[0], [("z", 0)])
+        assert recorded(tiny_bridge, tokens[0], [("z", 0)]) is first
+        recorded(tiny_bridge, tokens[1], [("z", 0)])
+        assert recorded(tiny_bridge, tokens[0], [("z", 0)]) is not first
