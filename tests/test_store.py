@@ -7,6 +7,7 @@ import timeit
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
+from time import process_time
 
 import pytest
 import torch
@@ -368,9 +369,12 @@ def test_files_that_change_after_loading_are_not_taken_for_those_loaded(tmp_path
 def test_looking_up_what_is_live_is_cheap(loaded):
     bridge = loaded.switch(A)
     identity_of(bridge)
-    took = min(timeit.repeat(lambda: identity_of(bridge), number=20, repeat=5)) / 20
+    took = (
+        min(timeit.repeat(lambda: identity_of(bridge), timer=process_time, number=20, repeat=5))
+        / 20
+    )
     print(f"{1000 * took:.2f} ms a look at {sum(1 for _ in bridge.modules())} modules")
-    assert took < 0.003  # .5 ms alone on a machine
+    assert took < 0.01  # .6 ms on an idle core
 
 
 def test_the_last_reader_takes_any_hook_and_forgets_what_is_too_much(tiny_bridge, monkeypatch):
