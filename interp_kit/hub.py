@@ -169,9 +169,12 @@ def _base_folder(spec: ModelSpec) -> Path:
     if Path(spec.base).is_dir():
         return Path(spec.base)
 
-    def load(**kwargs: bool) -> str:
+    def load(*, local_files_only: bool = False) -> str:
         folder = snapshot_download(
-            spec.base, revision=spec.revision, allow_patterns=FETCHED, **kwargs
+            spec.base,
+            revision=spec.revision,
+            allow_patterns=FETCHED,
+            local_files_only=local_files_only,
         )
         if not is_complete(Path(folder)):
             raise OSError("config.json or some of its *.safetensors are missing")
@@ -211,12 +214,12 @@ def _adapter_folder(adapter: str, spec: ModelSpec) -> Path:
     folder = Path(adapter)
     if not folder.is_dir():
 
-        def load(**kwargs: bool) -> str:
+        def load(*, local_files_only: bool = False) -> str:
             return snapshot_download(
                 adapter,
                 revision=spec.adapter_revision,
                 allow_patterns=["*.json", "*.safetensors"],
-                **kwargs,
+                local_files_only=local_files_only,
             )
 
         folder = Path(_local_first(load, adapter, spec.name))

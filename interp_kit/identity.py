@@ -83,7 +83,7 @@ class _Watched:
                 return None
             if module.disable_adapters:
                 continue
-            scaling = getattr(module, "scaling", {})
+            scaling = vars(module).get("scaling", {})
             active = tuple((a, scaling.get(a)) for a in module.active_adapters if a in owned)
             if active:
                 live.append((name, active))
@@ -113,13 +113,18 @@ class _Watched:
     def _disturbed(self) -> bool:
         """Whether more takes part in a pass than weights and adapters."""
         return (
-            any(self._hooks)
+            any(not _is_bridges(hook) for hooks in self._hooks if hooks for hook in hooks.values())
             or bool(torch_module._global_forward_hooks)
             or bool(torch_module._global_forward_pre_hooks)
             or any("forward" in own or own["training"] for own in self._attributes)
             or torch.is_autocast_enabled("cpu")
             or torch.is_autocast_enabled("cuda")
         )
+
+
+def _is_bridges(hook: object) -> bool:
+    """Whether a bridge put the hook there itself, to show its hook points what enters a norm."""
+    return getattr(hook, "__module__", "").startswith("transformer_lens.model_bridge.")
 
 
 def _adapted(modules: Mapping[torch.nn.Module, str]) -> Iterator[tuple[Any, set[str]]]:

@@ -25,7 +25,6 @@ Residuals = Float[Tensor, "prompt layer d_model"]
 Kept = TypeVar("Kept")
 KEPT_BYTES = 2**30  # of what is recorded, inside ``shared_passes``
 
-
 _shared: ContextVar["OrderedDict[Hashable, tuple[Any, int]] | None"] = ContextVar(
     "shared passes", default=None
 )
@@ -59,9 +58,9 @@ def read_last(
     Of ``unembed.hook_out`` the last position only: the others are never unembedded. Passes are
     shared of the hooks in ``last_names``; others are read in a pass of their own.
     """
-    kept, state = _shared.get(), state_of(bridge)
-    shared = last_names(bridge)
-    if kept is None or state is None or not set(names) <= set(shared):
+    kept, shared = _shared.get(), last_names(bridge)
+    state = state_of(bridge) if kept is not None and set(names) <= set(shared) else None
+    if kept is None or state is None:
         return _read_last(bridge, tokens, names, read)
     key = "last", bridge, state, repr(tokens.tolist())
     found = _find(kept, key)
@@ -82,7 +81,8 @@ def once(
     ``size`` in bytes: more than ``KEPT_BYTES`` together are not kept, the least recent goes first.
     Nothing is kept while the bridge computes with hooks.
     """
-    kept, state = _shared.get(), state_of(bridge)
+    kept = _shared.get()
+    state = state_of(bridge) if kept is not None else None
     if kept is None or state is None:
         return compute()
     key = bridge, state, key

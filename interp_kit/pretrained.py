@@ -128,7 +128,10 @@ def boot(files: ModelFiles, tuned: Sequence[ModelFiles], device: str) -> Loaded:
 def _base_hash(files: ModelFiles) -> str:
     """Of the weights that the models on this base share, rows for an adapter's tokens included."""
     spec = files.spec
-    parts = [weights_hash(spec.model_copy(update={"adapter": None})), vocabulary(files)]
+    parts = [
+        weights_hash(spec.model_copy(update={"adapter": None, "adapter_revision": None})),
+        vocabulary(files),
+    ]
     if whole_embedding(files):  # which replaces that of the base
         parts.append(content_hash(spec.adapter, spec.adapter_revision))
     return digest(parts)

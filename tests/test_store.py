@@ -7,6 +7,7 @@ import timeit
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
+from time import process_time
 
 import pytest
 import torch
@@ -63,9 +64,10 @@ def three_analyses(bridge, prompts):
 
 def both(bridge):
     """What is kept of last positions, by either way of asking."""
-    rows = [[2, 5, 9, 4], [2, 7, 9]]
-    logits = read_last(bridge, torch.tensor(rows[:1]), ["unembed.hook_out"], 1)["unembed.hook_out"]
-    return last_residuals(bridge, rows), logits
+    rows, name = [[2, 5, 9, 4], [2, 7, 9]], "unembed.hook_out"
+    with shared_passes():
+        logits = read_last(bridge, torch.tensor(rows[:1]), [name], 1)[name].float()
+        return last_residuals(bridge, rows), logits
 
 
 def fresh(compute, *given):
@@ -249,19 +251,19 @@ def test_layers_of_another_fine_tune_are_a_model_of_their_own(loaded, kept, monk
 
 def change_in_place(bridge):
     with torch.no_grad():
-        bridge.original_model.get_parameter("model.norm.weight").mul_(1.1)
+        bridge.ln_final.original_component.weight.mul_(1.1)
 
 
 def replace_a_weight(bridge):
-    norm = bridge.original_model.get_submodule("model.norm")
+    norm = bridge.ln_final.original_component
     norm.weight = torch.nn.Parameter(norm.weight * 1.1)
 
 
 def replace_a_module(bridge):
-    norm = bridge.original_model.get_submodule("model.layers.0").mlp
-    norm.register_module("gate_proj", deepcopy(norm.gate_proj))
+    norm = deepcopy(bridge.ln_final.original_component)
     with torch.no_grad():
-        norm.gate_proj.weight.mul_(1.1)
+        norm.weight.mul_(1.1)
+    bridge.ln_final.set_original_component(norm)
 
 
 @pytest.mark.parametrize("change", [change_in_place, replace_a_weight, replace_a_module])
@@ -292,19 +294,18 @@ def steered_after_one(bridge):
 
 @contextmanager
 def with_a_hook_of_torch(bridge):
-    block = bridge.blocks[1]
-    handle = block.register_forward_pre_hook(lambda module, given: (given[0] + 1, *given[1:]))
+    handle = bridge.embed.register_forward_hook(lambda module, given, out: out + 1)
     yield
     handle.remove()
 
 
 @contextmanager
 def with_another_forward(bridge):
-    norm = bridge.ln_final.original_component
-    own = norm.forward
-    norm.forward = lambda *given: own(*given) + 1
+    block = bridge.blocks[1].original_component
+    own = block.forward
+    block.forward = lambda x, *given, **named: own(x + 1, *given, **named)
     yield
-    del norm.forward
+    del block.forward
 
 
 def in_bfloat16(bridge):
@@ -368,14 +369,17 @@ def test_files_that_change_after_loading_are_not_taken_for_those_loaded(tmp_path
 def test_looking_up_what_is_live_is_cheap(loaded):
     bridge = loaded.switch(A)
     identity_of(bridge)
-    took = min(timeit.repeat(lambda: identity_of(bridge), number=20, repeat=5)) / 20
+    took = (
+        min(timeit.repeat(lambda: identity_of(bridge), timer=process_time, number=20, repeat=5))
+        / 20
+    )
     print(f"{1000 * took:.2f} ms a look at {sum(1 for _ in bridge.modules())} modules")
-    assert took < 0.003  # .5 ms alone on a machine
+    assert took < 0.01  # .6 ms on an idle core
 
 
 def test_the_last_reader_takes_any_hook_and_forgets_what_is_too_much(tiny_bridge, monkeypatch):
     tokens = torch.tensor(rows_of(tiny_bridge)[:1])
-    names = ["blocks.0.mlp.hook_in", "blocks.1.hook_resid_post"]
+    names = ["blocks.0.hook_in", "blocks.1.hook_resid_post"]
     alone = read_last(tiny_bridge, tokens, names, 2)
     with shared_passes():
         for _ in range(2):
