@@ -15,7 +15,7 @@ def through_frozen_norm(
     bridge: TransformerBridge,
     name: str,
     x: Float[Tensor, "*place d_model"],
-    scale: Float[Tensor, "*#place one"],
+    scale: Float[Tensor, "*#place 1"],
 ) -> Float[Tensor, "*place d_model"]:
     """The norm ``name`` as the linear map that it is once its scale is fixed (bias left out)."""
     norm: Any = bridge.get_submodule(name)
@@ -30,7 +30,7 @@ def through_frozen_norm(
 
 def norm_scale(
     bridge: TransformerBridge, name: str, x: Float[Tensor, "*place d_model"]
-) -> Float[Tensor, "*place one"]:
+) -> Float[Tensor, "*place 1"]:
     """The scale by which the norm ``name`` divides ``x``."""
     norm: Any = bridge.get_submodule(name)
     bias = getattr(norm, "bias", None)
@@ -49,10 +49,10 @@ def project_heads(
     computes it, grouped-query attention, LoRA and quantized weights need no special case.
     """
     heads = z.shape[-2]
-    by_head = z.new_zeros(*z.shape[:-2], heads, *z.shape[-2:])
-    by_head[..., range(heads), range(heads), :] = z  # row h holds the z of head h only
+    alone = torch.zeros(*z.shape[:-2], heads, heads, z.shape[-1], device=z.device, dtype=z.dtype)
+    alone[..., range(heads), range(heads), :] = z  # row h holds the z of head h only
     project = bridge.blocks[layer].attn.o.original_component
-    return project(by_head.flatten(-2)) - projection_bias(bridge, layer, z)
+    return project(alone.flatten(-2)) - projection_bias(bridge, layer, z)
 
 
 @torch.no_grad()
