@@ -107,8 +107,8 @@ def run(
 ) -> None:
     """Run every notebook on every model and scenario of the run files, and write the report.
 
-    Cells whose results are up to date are skipped. Ctrl-C stops the run; the same command continues
-    it. The exit code is 1 if a cell failed.
+    Cells whose results are up to date are skipped. Ctrl-C stops the run, and the same command
+    continues it. The exit code is 1 if a cell failed.
     """
     from interp_batch.execution import RunOptions
     from interp_batch.matrix import expand

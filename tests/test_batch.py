@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from interp_batch import matrix
-from interp_batch.cli import app
+from interp_batch.cli import app, main
 from interp_batch.matrix import expand, matching
 from interp_batch.results import read_status, stale, write_status
 from interp_batch.runner import run_cells
@@ -141,18 +143,19 @@ def test_every_output_folder_is_complete(study):
 
 
 # ------------------------------------------------------------------------------ the command line
-def command(*arguments):
-    """As a shell runs it: exit code and what was printed."""
-    import subprocess
-    import sys
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command in this process, which has imported torch: exit code and what was printed."""
 
-    done = subprocess.run(
-        [sys.executable, "-m", "interp_batch.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return done.returncode, done.stdout, done.stderr
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["interp-kit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    own = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, own)
 
 
 def run_file(folder, **changes):
@@ -187,7 +190,7 @@ def run_file(folder, **changes):
         ),
     ],
 )
-def test_bad_run_files_end_with_one_line_and_exit_code_2(tmp_path, changes, expected):
+def test_bad_run_files_end_with_one_line_and_exit_code_2(tmp_path, command, changes, expected):
     outputs = tmp_path / "outputs"
     code, _, error = command("run", run_file(tmp_path, **changes), "--outputs", outputs)
     assert code == 2
@@ -196,8 +199,20 @@ def test_bad_run_files_end_with_one_line_and_exit_code_2(tmp_path, changes, expe
     assert not outputs.exists()
 
 
+def test_a_shell_gets_one_line_and_exit_code_2(tmp_path):
+    file = run_file(tmp_path, scenarios=["CC"])
+    done = subprocess.run(
+        [sys.executable, "-m", "interp_batch.cli", "run", str(file)], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("interp-kit: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("trouble", ["alike", "too long", "corrupt"])
-def test_what_only_the_model_can_tell_is_found_before_anything_is_written(tmp_path, trouble):
+def test_what_only_the_model_can_tell_is_found_before_anything_is_written(
+    tmp_path, command, trouble
+):
     scenario = yaml.safe_load((REPOSITORY / "data/scenarios/CC_continue.yaml").read_text())
     if trouble == "alike":
         scenario["decision"] |= {"negative": " action2.5", "positive": " action2"}
@@ -223,7 +238,7 @@ def test_what_only_the_model_can_tell_is_found_before_anything_is_written(tmp_pa
     assert not outputs.exists()
 
 
-def test_check_runs_nothing(tmp_path):
+def test_check_runs_nothing(command):
     code, out, _ = command("check", REPOSITORY / "papermill_params" / "demo.yaml")
     assert code == 0
     assert "81 cells, all inputs are good" in out
