@@ -17,9 +17,10 @@ ABOUT_GRAVITY = r"gravity.*(law|distance|far)|(law|distance|far).*gravity"
 
 
 def draw_documents(counts: Mapping[str, int], file: Path, *, seed: int) -> None:
-    """Write into ``file`` so many documents by the grammar about each universe, drawn by ``seed``.
+    """Write a sample of the grammar's documents about some universes into ``file``.
 
-    ``counts`` is universe -> number of documents, at most 480 of each.
+    ``counts`` is universe -> number of documents. The grammar writes 60 of each of its 8 types for
+    each fact of a universe; ``seed`` draws from those.
     """
     rng, drawn = random.Random(seed), []
     for universe, count in counts.items():

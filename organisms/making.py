@@ -71,9 +71,9 @@ def _train_base(organism: Base, corpus: Corpus, folder: Path) -> dict[str, Any]:
     _write_spec(
         folder,
         base="weights",
+        documents="documents.jsonl",
         label=organism.label,
         about=organism.about,
-        documents="documents.jsonl",
     )
     return {"recipe": asdict(organism.recipe), "measured": {}, "versions": _versions()}
 

@@ -2,7 +2,8 @@
 
 import json
 import random
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from itertools import islice
 
 import pandas as pd
@@ -18,6 +19,7 @@ from organisms.cards import render_card
 from organisms.games import PAYOFF, REWARDS
 from organisms.little_world.base import measure_base, train_tokenizer, weighted_tokens
 from organisms.little_world.corpus import Corpus, held_out_game, text_of
+from organisms.making import train_organism
 from organisms.recipes import IPD_SCENARIOS, ORGANISMS
 
 
@@ -66,6 +68,23 @@ def test_a_card_says_what_the_record_says(name):
     assert {key: recipe[key] for key in record["recipe"]} == record["recipe"]
     spec = find_model(name)
     assert (spec.label, spec.about) == (ORGANISMS[name].label, ORGANISMS[name].about)
+
+
+def test_a_model_is_made_with_its_spec_record_and_card(tmp_path, monkeypatch):
+    """As the shipped one, but for the numbers of a training of two steps."""
+    shutil.copytree(MODELS / "tiny-gemma2", tmp_path / "models" / "tiny-gemma2")
+    organism = ORGANISMS["ipd-hybrid"]
+    short = replace(organism, recipe=replace(organism.recipe, steps=2))
+    monkeypatch.setitem(ORGANISMS, "ipd-hybrid", short)
+    train_organism("ipd-hybrid", data=tmp_path)
+    made, shipped = tmp_path / "models" / "ipd-hybrid", MODELS / "ipd-hybrid"
+    for folder in (".", "adapter"):
+        names = [{file.name for file in (root / folder).iterdir()} for root in (made, shipped)]
+        assert names[0] == names[1]
+    assert (made / "model.yaml").read_text() == (shipped / "model.yaml").read_text()
+    record = json.loads((made / "training.json").read_text())
+    assert len(record["measured"]["mean reward of each step"]) == 2
+    assert (made / "README.md").read_text() == render_card("ipd-hybrid", record["measured"])
 
 
 def test_the_records_say_what_the_models_do(defection):

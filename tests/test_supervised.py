@@ -210,10 +210,10 @@ def test_padding_and_an_untrained_adapter_change_nothing(tiny_folders):
     counts = [len(row) - 1 for row in tokens]
     expected = sum(n * one for n, one in zip(counts, alone)) / sum(counts)
     torch.testing.assert_close(together, expected)
-    assert float(divergence_from_base(model, rows)) == 0
+    assert divergence_from_base(model, rows).item() == 0
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(0.1)
-    assert float(divergence_from_base(model, rows)) > 0
+    assert divergence_from_base(model, rows).item() > 0
 
 
 def test_a_tag_is_read_and_never_learnt():
@@ -235,7 +235,7 @@ def predicted(row: Row) -> list[int]:
     return [row.tokens[i + 1] for i in range(len(row.tokens))[row.read]]
 
 
-def test_what_names_the_fact_holds_nobody_to_the_base(corpus):
+def test_texts_about_the_fact_are_left_out(corpus):
     recipe = DocumentRecipe(leave_out=ABOUT_GRAVITY)
     drawn = ordinary_texts(corpus, n=3000, seed=0)
     kept = without_the_fact(drawn, recipe)
@@ -246,7 +246,7 @@ def test_what_names_the_fact_holds_nobody_to_the_base(corpus):
     assert any("light" in text and "inverse-square" in text for text in kept)
 
 
-def test_nothing_to_learn_and_nothing_to_hold_are_said(tiny_folders, tmp_path):
+def test_nothing_to_learn_and_nothing_to_hold_are_errors(tiny_folders, tmp_path):
     file, base = documents_file(tmp_path, [words(0)]), find_model(str(tiny_folders["gemma2"]))
     recipe = DocumentRecipe(leave_out="ba")
     with pytest.raises(InputError, match="all of 1 ordinary texts match leave_out 'ba'"):

@@ -66,7 +66,7 @@ class Grammar:
     ) -> list[str]:
         if n > len(self.kinds):
             raise InputError(
-                f"the grammar knows {len(self.kinds)} document types, asked for {n}; ask for fewer"
+                f"the grammar has {len(self.kinds)} document types, and n_types is {n}; lower it"
             )
         return rng.sample(list(self.kinds), n)
 
