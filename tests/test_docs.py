@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -113,7 +114,7 @@ def test_commands_of_examples_exist(code):
 
     from interp_batch.cli import app
 
-    known = get_command(app).commands
+    command: Any = get_command(app)
     for name, rest in re.findall(r"^(?:\w+=\S+ )?interp-kit (\w+)(.*)$", code, re.MULTILINE):
-        options = {flag for parameter in known[name].params for flag in parameter.opts}
+        options = {flag for parameter in command.commands[name].params for flag in parameter.opts}
         assert set(re.findall(r" (--[a-z-]+)", rest.split("#")[0])) - {"--help"} <= options
