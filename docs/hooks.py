@@ -1,7 +1,7 @@
 """Pages of the documentation that are made from other files as it is built.
 
-README, CONTRIBUTING, CHANGELOG, model cards and notebooks are shown as they are, and a page for each
-module lists what its docstrings say: each thing is written once.
+README, CONTRIBUTING, CHANGELOG, model cards and notebooks are shown as they are, and each module
+has a page made from its docstrings: everything is written once.
 """
 
 import ast
@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from mkdocs.config.defaults import MkDocsConfig
@@ -26,7 +28,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/RESULTS.md": "benchmarks.md",
 }
-KEYS = re.compile(r"^::: keys (\S+)$", re.MULTILINE)
+KEYS = re.compile(r"^::: keys (\S+)(?: without (\w+))?$", re.MULTILINE)
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -56,8 +58,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replace ``::: keys MODULE.SPEC`` with a table of that spec's keys."""
-    return KEYS.sub(lambda match: _table_of_keys(match[1]), markdown)
+    """Replace ``::: keys MODULE.SPEC [without KEY]`` with a table of that spec's keys."""
+    return KEYS.sub(lambda match: _table_of_keys(match[1], match[2]), markdown)
 
 
 # ------------------------------------------------------------------------------------- internals
@@ -73,7 +75,7 @@ def _modules() -> list[Path]:
     return [
         file
         for package in PACKAGES
-        for file in sorted((ROOT / package).rglob("*.py"))
+        for file in sorted((ROOT / package).rglob("*.py"), key=lambda f: (f.parent, f))
         if _docstring(file) and file.name != "__init__.py"
     ]
 
@@ -103,8 +105,8 @@ def _overview() -> str:
     """Every module and the first sentence of its docstring, by package."""
     lines = [
         "# API\n",
-        "Every public function and class, from its docstring. Arrays and tensors carry their shape in",
-        'the signature: `Float[Tensor, "prompt layer"]` is a tensor of floats with these two axes.\n',
+        "Every public function and class, from its docstring. Signatures give shapes of tensors:",
+        '`Float[Tensor, "prompt layer"]` is a tensor of floats with these two axes.\n',
         "What most notebooks begin with can be imported from `interp_kit` itself:\n",
     ]
     stub = ast.parse((ROOT / "interp_kit" / "__init__.pyi").read_text(encoding="utf-8"))
@@ -126,10 +128,10 @@ def _notebooks() -> str:
     """What each notebook asks, and how to read it, in its own words."""
     lines = [
         "# Notebooks\n",
-        "Each notebook asks one question. It states the method with its equation, checks an identity",
-        "that can fail, compares every effect with a control, and says how to read the figures. The",
-        "sections below are the notebooks' own words. `papermill --help-notebook notebooks/NAME.ipynb`",
-        "lists a notebook's parameters.",
+        "Each notebook asks one question. It gives the method with its equation, checks an",
+        "identity that can fail, and compares every effect with a control. Below is how to read",
+        "each notebook's figures, in its own words. The command",
+        "`papermill --help-notebook notebooks/NAME.ipynb` lists a notebook's parameters.",
     ]
     for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
@@ -147,9 +149,9 @@ def _models() -> str:
     """The cards of the shipped models."""
     lines = [
         "# Shipped models\n",
-        "Small models that ship with the repository. What each of them does is known, so every method",
-        "can be checked against it. Below are their model cards; `interp-kit train NAME` makes one",
-        "again.",
+        "These small models ship with the repository. Each was trained to do something known, so",
+        "every method can be checked against it. Below are their model cards. The command",
+        "`interp-kit train NAME` makes a model again.",
     ]
     cards = sorted((ROOT / "data" / "models").glob("*/README.md"))
     bases = [card for card in cards if not _adapter(card)]
@@ -162,32 +164,47 @@ def _adapter(card: Path) -> bool:
     return "adapter" in yaml.safe_load((card.parent / "model.yaml").read_text(encoding="utf-8"))
 
 
-def _table_of_keys(name: str) -> str:
-    """The keys of a spec: name, type, default, and the comment behind it in the source."""
+def _table_of_keys(name: str, left_out: str | None) -> str:
+    """The keys of a spec: name, value, default, and the comment behind it in the source."""
     module, _, spec = name.rpartition(".")
     kind = getattr(importlib.import_module(module), spec)
     source = inspect.getsource(kind)
-    lines = ["| key | value | if left out | |", "|---|---|---|---|"]
+    rows: list[tuple[str, ...]] = [("key", "value", "if left out", "")]
+    rows.append(("---",) * len(rows[0]))
     for field, info in kind.model_fields.items():
-        found = re.search(rf"^    {field}: (.+?)(?: = .+?)?(?:  # (.+))?$", source, re.MULTILINE)
-        comment = (found[2] or "") if found else ""
-        if comment.startswith("filled in"):
+        found = re.search(rf"^    {field}: .+?  # (.+)$", source, re.MULTILINE)
+        comment = found[1] if found else ""
+        if field == left_out or comment.startswith("filled in"):
             continue
-        default = (
-            "required"
-            if info.is_required()
-            else f"`{json.dumps(info.get_default(call_default_factory=True))}`"
-        )
-        lines.append(
-            f"| `{info.alias or field}` | `{_plain(info.annotation)}` | {default} | {comment} |"
-        )
-    return "\n".join(lines)
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        given = "" if default is None else f"`{json.dumps(default)}`"
+        if info.is_required():
+            given = "required"
+        rows.append((f"`{info.alias or field}`", _in_words(info.annotation), given, comment))
+    if not any(row[3] for row in rows[2:]):
+        rows = [row[:3] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _plain(annotation: object) -> str:
-    name = (
-        annotation.__name__
-        if isinstance(annotation, type) and not getattr(annotation, "__args__", ())
-        else str(annotation)
-    )
-    return name.replace("typing.", "").replace("|", "\\|")
+def _in_words(annotation: Any) -> str:
+    """A type for readers of YAML and JSON."""
+    kinds = get_args(annotation)
+    match get_origin(annotation):
+        case origin if origin is Annotated:
+            return _in_words(kinds[0])
+        case origin if origin is Literal:
+            return " or ".join(f"`{json.dumps(value)}`" for value in kinds)
+        case origin if origin in (Union, UnionType):
+            return " or ".join(_in_words(kind) for kind in kinds if kind is not NoneType)
+        case origin if origin is list:
+            return f"list of {_in_words(kinds[0])}"
+        case origin if origin is dict:
+            return f"mapping of {_in_words(kinds[0])} to {_in_words(kinds[1])}"
+    words = {
+        str: "text",
+        bool: "`true` or `false`",
+        int: "number",
+        float: "number",
+        Any: "anything",
+    }
+    return words.get(annotation, "mapping")
