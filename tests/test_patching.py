@@ -376,7 +376,6 @@ def test_all_heads_and_mlps_together_make_the_target_the_source(fine_tunes):
 # --------------------------------------------------------------------------------------- bad input
 def test_a_patch_names_a_place_that_can_be():
     for wrong, message in (
-        ({"site": "resid"}, "expected a site of resid_pre, .*; got 'resid'"),
         ({"layer": -1}, "a layer of 0 or more, got -1"),
         ({"head": 2}, "a head is patched at site 'z', got head=2 with site 'mlp_out'"),
         ({"neuron": 2}, "a neuron is patched at site 'neuron', got neuron=2"),
