@@ -240,7 +240,7 @@ def _spots(
     window: int,
     start: int,
 ) -> list[_Spot]:
-    """Every row, in the order of sites, layers and places."""
+    """What each row of the trace patches, in the order of sites, layers and positions."""
     sets = position_sets(prompt, positions, start=start)
     spots = []
     for site in sites:

@@ -32,7 +32,7 @@ class Circuit:
     """``patches`` in the order of their single effects, strongest first.
 
     ``to_flip``: how many components, added in that order, flip the mean decision; ``None`` if the
-    source decides alike or no number does. ``added``: how many were added before pruning.
+    source has the baseline's sign or no number does. ``added``: how many were added before pruning.
     ``growth``: the fraction recovered by the first 0, 1, 2, ... of all candidates in that order.
     """
 
@@ -53,8 +53,9 @@ def find_circuit(
 
     ``recover`` is the fraction of source - baseline to recover; 0 stops as soon as the decision
     changes its sign. Every component of the result is needed: leaving out any one falls short. It
-    need not be the smallest of all. ``None`` where there is nothing to explain (baseline and source
-    decide alike) or where all candidates together fall short.
+    need not be the smallest of all. ``None`` where there is nothing to explain (source and baseline
+    differ by 0.01 nats or less or, for ``recover`` 0, have the same sign), or where all candidates
+    together fall short.
     """
     if not _differ(experiments, recover):
         return None
@@ -77,7 +78,10 @@ def find_circuit(
 def circuit_scores(
     experiments: Sequence[Experiment], candidates: Sequence[Patch], circuit: Sequence[Patch]
 ) -> pd.Series:
-    """``size faithfulness completeness minimality`` of one circuit, fractions of the effect."""
+    """``size faithfulness completeness minimality`` of one circuit, fractions of the effect.
+
+    Missing where source and baseline differ by 0.01 nats or less: there is no effect.
+    """
     whole = frozenset(circuit)
     without = [whole - {patch} for patch in circuit]
     recovered = _recovered(experiments, [whole, frozenset(candidates) - whole, *without])

@@ -116,13 +116,15 @@ def counterfactual_experiment(
     for sequence in read_sequences(prompt, metric):
         check_memory(bridge, length=len(sequence.tokens))
         forced = sequence.tokens[len(prompt.tokens) :]
-        ours = recorded(bridge, sequence.tokens, places, read=sequence.read)
-        theirs = recorded(bridge, other + forced, places, read=sequence.read)
+        target_run = recorded(bridge, sequence.tokens, places, read=sequence.read)
+        source_run = recorded(bridge, other + forced, places, read=sequence.read)
         at = [*index, *range(len(other), len(other) + len(forced))]
-        source = SourceValues(values={place: _moved(theirs, ours, place, at) for place in places})
+        source = SourceValues(
+            values={place: _moved(source_run, target_run, place, at) for place in places}
+        )
         key = bridge, sequence.tokens, other + forced, tuple(at), sequence.read
-        sequences.append(_patched(bridge, sequence, ours, source, key=key))
-        sources.append(theirs)
+        sequences.append(_patched(bridge, sequence, target_run, source, key=key))
+        sources.append(source_run)
     return _experiment(prompt, metric, sequences, sources)
 
 
@@ -147,22 +149,24 @@ def cross_model_experiment(
     models.require_one_base(source, target)
     asked = read_sequences(prompt, metric)
     bridge = models.switch(source)
-    theirs, written = [], []
+    source_runs, written_there = [], []
     for sequence in asked:
         check_memory(bridge, length=len(sequence.tokens))
-        theirs.append(record(bridge, sequence.tokens, places, read=sequence.read))
-        written.append(_written_by_heads(bridge, theirs[-1], _tail(prompt, sequence, positions)))
+        source_runs.append(record(bridge, sequence.tokens, places, read=sequence.read))
+        written_there.append(
+            _written_by_heads(bridge, source_runs[-1], _tail(prompt, sequence, positions))
+        )
     bridge = models.switch(target)
     sequences = []
-    for sequence, recording, own in zip(asked, theirs, written):
-        ours = record(bridge, sequence.tokens, places, read=sequence.read)
-        here = _written_by_heads(bridge, recording, _tail(prompt, sequence, positions))
-        shift = {layer: own[layer] - here[layer] for layer in own}
+    for sequence, source_run, written in zip(asked, source_runs, written_there):
+        target_run = record(bridge, sequence.tokens, places, read=sequence.read)
+        here = _written_by_heads(bridge, source_run, _tail(prompt, sequence, positions))
+        shift = {layer: written[layer] - here[layer] for layer in written}
         shift = {layer: value for layer, value in shift.items() if bool(value.any())}
-        moved = SourceValues(values=recording.activations, head_shift=shift)
+        moved = SourceValues(values=source_run.activations, head_shift=shift)
         context = partial(_computing_as, models, target)
-        sequences.append(_patched(bridge, sequence, ours, moved, context=context))
-    return _experiment(prompt, metric, sequences, theirs)
+        sequences.append(_patched(bridge, sequence, target_run, moved, context=context))
+    return _experiment(prompt, metric, sequences, source_runs)
 
 
 def ablation_experiments(
@@ -184,12 +188,12 @@ def ablation_experiments(
         sequences = []
         for sequence in read_sequences(prompt, metric):
             check_memory(bridge, length=len(sequence.tokens))
-            ours = record(bridge, sequence.tokens, places, read=sequence.read)
+            target_run = record(bridge, sequence.tokens, places, read=sequence.read)
             values = {
                 place: means[place].expand_as(kept) if means else torch.zeros_like(kept)
-                for place, kept in ours.activations.items()
+                for place, kept in target_run.activations.items()
             }
-            sequences.append(_patched(bridge, sequence, ours, SourceValues(values=values)))
+            sequences.append(_patched(bridge, sequence, target_run, SourceValues(values=values)))
         experiments.append(_experiment(prompt, metric, sequences, None))
     return experiments
 
@@ -257,10 +261,10 @@ def identity_experiment(
     """The prompt's own activations written into itself: nothing may change."""
     sequences, sources = [], []
     for sequence in read_sequences(prompt, "decision"):
-        ours = recorded(bridge, sequence.tokens, places, read=sequence.read)
-        source = SourceValues(values=ours.activations)
-        sequences.append(_patched(bridge, sequence, ours, source))
-        sources.append(ours)
+        own_run = recorded(bridge, sequence.tokens, places, read=sequence.read)
+        source = SourceValues(values=own_run.activations)
+        sequences.append(_patched(bridge, sequence, own_run, source))
+        sources.append(own_run)
     return _experiment(prompt, "decision", sequences, sources)
 
 
@@ -321,11 +325,11 @@ def _computing_as(models: Models, name: str) -> Iterator[None]:
     yield
 
 
-def _moved(theirs: Recording, ours: Recording, place: Place, index: list[int]) -> Tensor:
+def _moved(source_run: Recording, target_run: Recording, place: Place, index: list[int]) -> Tensor:
     """The source's activations at the target's positions; the target's own where none is."""
     at = torch.tensor(index)
-    values = theirs.activations[place][at.clamp(min=0)]
-    values[at < 0] = ours.activations[place][at < 0]
+    values = source_run.activations[place][at.clamp(min=0)]
+    values[at < 0] = target_run.activations[place][at < 0]
     return values
 
 

@@ -22,35 +22,35 @@ from interp_kit.patching.recording import Hooks
 Stream = Sequence[Float[Tensor, "pos d_model"]]  # what enters each block of the unpatched run
 
 
-def growing_batch(one: Pass, stream: Stream) -> Hooks:
+def growing_batch(planned: Pass, stream: Stream) -> Hooks:
     """Every block that rows enter appends row 0 for them, or the unpatched run without a base."""
-    before = [1, *one.rows_in_block]
+    before = [1, *planned.rows_in_block]
     return [
         (
             f"blocks.{layer}.hook_in",
-            _append(rows - before[layer], _unpatched(one, stream, layer)),
+            _append(rows - before[layer], _unpatched(planned, stream, layer)),
         )
-        for layer, rows in enumerate(one.rows_in_block)
+        for layer, rows in enumerate(planned.rows_in_block)
         if rows > before[layer]
     ]
 
 
 @contextmanager
-def one_sequence(bridge: TransformerBridge, one: Pass, stream: Stream) -> Iterator[None]:
+def one_sequence(bridge: TransformerBridge, planned: Pass, stream: Stream) -> Iterator[None]:
     """Inside, blocks get all rows as positions of one sequence: [1 row * pos d_model]."""
-    mask = _TreeMask(one)
+    mask = _TreeMask(planned)
     with ExitStack() as stack:
-        for layer, (block, rows) in enumerate(zip(bridge.blocks, one.rows_in_block)):
-            pack = _packing(block, rows, one.length, mask, _unpatched(one, stream, layer))
+        for layer, (block, rows) in enumerate(zip(bridge.blocks, planned.rows_in_block)):
+            pack = _packing(block, rows, planned.length, mask, _unpatched(planned, stream, layer))
             handle = block.register_forward_pre_hook(pack, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
 # ------------------------------------------------------------------------------------- internals
-def _unpatched(one: Pass, stream: Stream, layer: int) -> Tensor | None:
+def _unpatched(planned: Pass, stream: Stream, layer: int) -> Tensor | None:
     """What new rows begin as; ``None`` for copies of row 0, which has the base's patches."""
-    return None if one.has_base_row else stream[layer][one.start :]
+    return None if planned.has_base_row else stream[layer][planned.start :]
 
 
 def _append(n: int, unpatched: Tensor | None) -> Callable[..., Tensor]:
@@ -91,8 +91,8 @@ class _TreeMask:
     One is made for each mask that the model has (Gemma-2 has two), and cut to the rows of a block.
     """
 
-    def __init__(self, one: Pass) -> None:
-        self.rows, self.length, self.start = one.rows, one.length, one.start
+    def __init__(self, planned: Pass) -> None:
+        self.rows, self.length, self.start = planned.rows, planned.length, planned.start
         self._whole: dict[int, Tensor] = {}
 
     def of(self, mask: Tensor | None, rows: int, like: Tensor) -> Tensor:

@@ -73,14 +73,14 @@ class Sweep:
         """
         before_unembedding = ids is not None and self._unembeds_alike(ids)
         result = _tokens(self.target.logits, ids).expand(1 + len(patch_sets), -1, -1).clone()
-        for one, out in self._outputs(patch_sets, base, start, before_unembedding):
+        for planned, out in self._outputs(patch_sets, base, start, before_unembedding):
             if before_unembedding:
                 assert ids is not None
                 out = unembed(self.bridge, out, ids)
             else:
                 out = _tokens(out, ids)
-            out = _with_rows_left_out(out.float(), len(one.patch_sets))
-            result[[1 + i for i in one.asked]] = out[int(one.has_base_row) :]
+            out = _with_rows_left_out(out.float(), len(planned.patch_sets))
+            result[[1 + i for i in planned.asked]] = out[int(planned.has_base_row) :]
             if base:
                 result[0] = out[0]
         return result.cpu()
@@ -97,8 +97,8 @@ class Sweep:
 
         def run() -> Iterator[tuple[Pass, Tensor]]:
             passes = plan_passes(self.bridge, self._differences, patch_sets, base=base, start=start)
-            for one in passes:
-                yield one, self._run(one, before_unembedding)
+            for planned in passes:
+                yield planned, self._run(planned, before_unembedding)
 
         if self._key is None or not before_unembedding:
             return run()  # logits of the whole vocabulary are too many to keep
@@ -106,7 +106,7 @@ class Sweep:
         return once(
             self.bridge,
             key,
-            lambda: [(one, out.clone()) for one, out in run()],  # no view of the whole pass
+            lambda: [(planned, out.clone()) for planned, out in run()],  # no view of the whole pass
             lambda made: sum(out.nbytes for _, out in made),
         )
 
@@ -115,30 +115,36 @@ class Sweep:
         ours = unembed(self.bridge, self.target.final, ids)
         return torch.allclose(ours, self.target.logits[:, list(ids)], rtol=1e-5, atol=1e-5)
 
-    def _run(self, one: Pass, before_unembedding: bool) -> Float[Tensor, "row read _"]:
+    def _run(self, planned: Pass, before_unembedding: bool) -> Float[Tensor, "row read _"]:
         """One forward pass: logits, or what would be unembedded; rows equal to row 0 left out."""
         final: list[Tensor] = []
 
         def last(x: Tensor, hook: object) -> Tensor:
-            kept = x.reshape(-1, one.length, x.shape[-1])[:, -self.read :]
+            kept = x.reshape(-1, planned.length, x.shape[-1])[:, -self.read :]
             final.append(kept)
             return kept[:1] if before_unembedding else kept
 
-        hooks: Hooks = [*self._row_hooks(one), ("unembed.hook_in", last)]
-        packed = one_sequence(self.bridge, one, self.target.stream) if one.packed else nullcontext()
+        hooks: Hooks = [*self._row_hooks(planned), ("unembed.hook_in", last)]
+        packed = (
+            one_sequence(self.bridge, planned, self.target.stream)
+            if planned.packed
+            else nullcontext()
+        )
         with packed:
             logits = self.bridge.run_with_hooks(
-                self.target.tokens[:, one.start :], fwd_hooks=hooks, **self._cache(one.start)
+                self.target.tokens[:, planned.start :],
+                fwd_hooks=hooks,
+                **self._cache(planned.start),
             )
         return final[0] if before_unembedding else logits
 
-    def _row_hooks(self, one: Pass) -> Hooks:
+    def _row_hooks(self, planned: Pass) -> Hooks:
         """What makes rows, and patches them."""
-        writes = writing_hooks(one, self.source)
-        if one.packed:
+        writes = writing_hooks(planned, self.source)
+        if planned.packed:
             return writes
-        hooks = [*growing_batch(one, self.target.stream), *writes]
-        return hooks if one.writes_neurons else self._trimmed(hooks, one.length)
+        hooks = [*growing_batch(planned, self.target.stream), *writes]
+        return hooks if planned.writes_neurons else self._trimmed(hooks, planned.length)
 
     def _trimmed(self, hooks: Hooks, length: int) -> Hooks:
         """In the last block only what is read goes through the projections after attention.

@@ -21,16 +21,16 @@ from interp_kit.patching.recording import Hooks, SourceValues
 SITES = list(HOOKS)
 
 
-def writing_hooks(one: Pass, source: SourceValues) -> Hooks:
+def writing_hooks(planned: Pass, source: SourceValues) -> Hooks:
     """Hooks for every patch of every row, in the order in which a pass reaches their places."""
     patches: dict[Place, list[tuple[int, Patch]]] = {}
-    for row, patch_set in enumerate(one.patch_sets):
+    for row, patch_set in enumerate(planned.patch_sets):
         for patch in patch_set:
-            if row < one.rows_in_block[patch.layer]:
+            if row < planned.rows_in_block[patch.layer]:
                 patches.setdefault(patch.place, []).append((row, patch))
     hooks: Hooks = []
     for site, layer in sorted(patches, key=lambda place: (place[1], SITES.index(place[0]))):
-        write = _write(one, source.values[site, layer], patches[site, layer])
+        write = _write(planned, source.values[site, layer], patches[site, layer])
         if site == "resid_mid":
             hooks += _write_resid_mid(write, layer)
         elif site == "z" and layer in source.head_shift:
@@ -104,22 +104,22 @@ def _write_resid_mid(write: _Write, layer: int) -> Hooks:
     ]
 
 
-def _write(one: Pass, values: Tensor, patches: list[tuple[int, Patch]]) -> _Write:
+def _write(planned: Pass, values: Tensor, patches: list[tuple[int, Patch]]) -> _Write:
     """``patches`` are (row, patch) of one place; ``values`` those of all positions there."""
     site = patches[0][1].site
     units = values.shape[1] if site in ("z", "neuron") else 1
     rows = sorted({row for row, _ in patches})
     index = {row: i for i, row in enumerate(rows)}
-    mask = np.zeros((len(rows), one.length, units), dtype=bool)
+    mask = np.zeros((len(rows), planned.length, units), dtype=bool)
     for row, patch in patches:
         unit: Any = slice(None) if patch.unit is None else patch.unit
         at: Any = slice(None)
         if patch.positions is not None:
-            at = [pos - one.start for pos in patch.positions if pos >= one.start]
+            at = [pos - planned.start for pos in patch.positions if pos >= planned.start]
         mask[index[row], at, unit] = True
     return _Write(
         rows=rows,
         mask=torch.from_numpy(mask).to(values.device),
-        values=values[one.start :],
-        length=one.length,
+        values=values[planned.start :],
+        length=planned.length,
     )
