@@ -98,7 +98,9 @@ def answer_log_probs(
 def answer_sequences(prompt: Prompt) -> list[AnswerSequence]:
     """One sequence where the answers differ in their last token only, else one for each answer."""
     both: dict[Sign, tuple[int, ...]] = {"positive": prompt.positive, "negative": prompt.negative}
-    groups = [both] if prompt.one_branch else [{sign: ids} for sign, ids in both.items()]
+    groups: list[dict[Sign, tuple[int, ...]]] = [both]
+    if not prompt.one_branch:
+        groups = [{sign: ids} for sign, ids in both.items()]
     return [
         AnswerSequence(tokens=prompt.tokens + next(iter(answers.values()))[:-1], answers=answers)
         for answers in groups

@@ -154,5 +154,5 @@ def _of(bridge: TransformerBridge, site: Site, layer: int) -> list[Patch]:
     if site == "z":
         return [Patch(layer=layer, site=site, head=head) for head in range(bridge.cfg.n_heads)]
     if site == "neuron":
-        return [Patch(layer=layer, site=site, neuron=n) for n in range(bridge.cfg.d_mlp)]
+        return [Patch(layer=layer, site=site, neuron=n) for n in range(bridge.cfg.d_mlp or 0)]
     return [Patch(layer=layer, site=site)]

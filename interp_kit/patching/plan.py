@@ -71,8 +71,8 @@ class Differences:
 
     def _first_written(self, patch: Patch) -> int | None:
         """The first patched position where source and target differ in the patch's place."""
-        differs = self._at(patch.place)
-        differs = differs.any(1) if patch.unit is None else differs[:, patch.unit]
+        units = self._at(patch.place)
+        differs = np.any(units, axis=1) if patch.unit is None else units[:, patch.unit]
         positions = range(len(differs)) if patch.positions is None else patch.positions
         return next((pos for pos in positions if differs[pos]), None)
 
