@@ -5,7 +5,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PARALLEL = -n $(WORKERS) --dist loadfile
 SYSTEMS = $(addprefix papermill_params/,ipd.yaml kill_switch.yaml cubic_gravity.yaml dilemmas.yaml)
 
-.PHONY: run test lint lock clean
+.PHONY: run test lint docs lock clean
 
 run: .venv/installed
 	$(BIN)/interp-kit run $(SYSTEMS) --workers $(WORKERS)
@@ -22,6 +22,10 @@ lint: .venv/installed
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Documentation: site/index.html"
+
 .venv/installed: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt "torch"
@@ -33,4 +37,4 @@ lock:
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 clean:
-	rm -rf .venv outputs build *.egg-info
+	rm -rf .venv outputs build site *.egg-info

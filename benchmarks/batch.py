@@ -3,15 +3,14 @@
 ``python -m benchmarks.batch`` runs 24 cells of the demo (``papermill_params/demo.yaml``: lens,
 attribution and patching on four players and two states of the game) by `run_cells`, once with the
 kernel ``python3`` and once with ``python3-warm``; then 24 and 240 cells of a notebook that computes
-next to nothing, warm, to see how the cost grows.
+almost nothing, warm, which shows how the cost grows.
 
-A cell's wall time is that of its run: papermill, from opening the notebook until it is written.
-What it computes itself is the time that papermill measured for its code cells under the warm
-kernel, but for the one that imports: under a stock kernel these cells import, too, whatever
-libraries load when first used. Wall time less that is the overhead: starting a kernel, importing,
-ending. Before its first cell a warm batch waits for the process that kernels are forked from; that
-counts in the total and in no median. Memory is the proportional set size of all processes, sampled
-every second while they run.
+A cell's wall time is that of its run: papermill, from opening the notebook until it is written. Its
+computing time is what papermill measured for its code cells under the warm kernel, without the cell
+that imports. (Under a stock kernel, other cells also import: libraries load parts on first use.)
+The overhead is the difference: starting a kernel, importing, ending. Before its first cell, a warm
+batch waits for the process that kernels are forked from; this counts in the total and in no median.
+Memory is the proportional set size of all processes, sampled every second.
 """
 
 import argparse
@@ -29,8 +28,10 @@ import psutil
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from interp_batch import warm
+from interp_batch.execution import RunOptions
 from interp_batch.matrix import Cell, expand
-from interp_batch.runner import How, read_status, run_cells
+from interp_batch.results import read_status
+from interp_batch.runner import run_cells
 from interp_kit.specs import RunSpec
 
 NOTEBOOKS = ["01_logit_lens", "02_direct_logit_attribution", "03_activation_patching"]
@@ -119,7 +120,7 @@ def _measured(kernel: str, cells: list[Cell], workers: int) -> dict[str, Any]:
     """One row: the whole batch, and the most memory that it took."""
     with _Memory() as memory:
         started = time.monotonic()
-        outcomes = run_cells(cells, workers=workers, how=How(kernel=kernel))
+        outcomes = run_cells(cells, workers=workers, options=RunOptions(kernel=kernel))
         total = time.monotonic() - started
     failed = [o.error for o in outcomes if o.state != "ok"]
     if failed:

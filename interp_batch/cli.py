@@ -1,41 +1,92 @@
-"""The command line: ``interp-kit run | check | report | list | documents | train``."""
+"""The command line: ``interp-kit run | check | report | list | documents | train``.
+
+Commands import what they need when they run, so that ``--help`` and error messages come at once;
+only ``documents`` and ``train``, and the check of models, load torch.
+"""
 
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from interp_kit.catalogue import data_folders, list_models, list_scenarios, read_run
 from interp_kit.hub import missing_files
-from interp_kit.specs import REPOSITORY, InputError, ModelSpec
+from interp_kit.specs import REPOSITORY, InputError, ModelSpec, RunSpec
+
+if TYPE_CHECKING:  # these import papermill, which takes a second
+    from interp_batch.execution import Outcome, RunOptions
+    from interp_batch.matrix import Cell
 
 app = typer.Typer(
-    help="What did fine-tuning change inside a model, and which parts cause the behaviour?",
+    help="What did fine-tuning change inside a model, and which parts cause the behaviour?\n\n"
+    "A run file (YAML) lists notebooks, models and scenarios. `run` executes every notebook on "
+    "every model and scenario and writes a report to outputs/NAME/index.html. Start with "
+    "`interp-kit list`, then `interp-kit run papermill_params/demo.yaml --dry-run`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 FAILED = "failed"
-STATES = {"ok": "ok", "up to date": "up to date", "error": "failed"}
+CORES = os.cpu_count() or 1
 
-RunFile = Annotated[Path, typer.Argument(help="A run file, e.g. papermill_params/demo.yaml.")]
+RunFile = Annotated[
+    Path, typer.Argument(help="A run file (YAML), for example papermill_params/demo.yaml.")
+]
 RunFiles = Annotated[
-    list[Path], typer.Argument(help="Run files, e.g. papermill_params/demo.yaml; one or several.")
+    list[Path],
+    typer.Argument(help="One or several run files (YAML), for example papermill_params/demo.yaml."),
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(help="A folder of your own with models/ and scenarios/, searched first."),
+    typer.Option(
+        help="Your own data folder with models/ and scenarios/. It is searched before the "
+        "project's data/."
+    ),
 ]
-Outputs = Annotated[Path, typer.Option(help="Where results go.")]
+Outputs = Annotated[
+    Path, typer.Option(help="Folder for results; each run file gets a subfolder of its name.")
+]
 Only = Annotated[
     list[str] | None,
     typer.Option(
-        help="Run only what matches: a notebook, a model, a scenario, or notebook/model/scenario. "
-        "Wildcards * and ? are allowed; may be given several times. `failed`: what failed last."
+        help="Restrict to cells that match: a notebook, a model, a scenario, or "
+        "notebook/model/scenario; * and ? are wildcards. `failed` selects the cells whose last run "
+        "failed. May be given several times."
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(min=1, help="How many notebooks run at once. They share the cores between them."),
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Also run cells whose results are up to date.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="List the cells that would run, and run nothing.")
+]
+Kernel = Annotated[
+    str | None,
+    typer.Option(
+        help="Jupyter kernel. python3-warm (default on Linux) starts in a fraction of a second, "
+        "because its libraries are already imported; python3 is the standard kernel."
+    ),
+]
+CellTimeout = Annotated[
+    int, typer.Option("--timeout", min=1, help="Longest time for one code cell, in seconds.")
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(min=0.1, help="Most memory for one notebook, in GiB (python3-warm only)."),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Run on the workers of a Dask cluster, given its scheduler's address (tcp://...)."
     ),
 ]
 
@@ -43,74 +94,49 @@ Only = Annotated[
 @app.command()
 def run(
     run_files: RunFiles,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Notebooks at once; the cores are shared between them.")
-    ] = os.cpu_count() or 1,
+    workers: Workers = CORES,
     only: Only = None,
     data: Data = None,
     outputs: Outputs = Path("outputs"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run also what is up to date.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would run, and run nothing.")
-    ] = False,
-    kernel: Annotated[
-        str | None,
-        typer.Option(
-            help="python3-warm (forked from a process that has imported everything; the default on "
-            "Linux) or python3."
-        ),
-    ] = None,
-    timeout: Annotated[
-        int, typer.Option(min=1, help="Seconds that one code cell of a notebook may take.")
-    ] = 3600,
-    memory: Annotated[
-        float | None,
-        typer.Option(min=0.1, help="GiB that a notebook may take (python3-warm only)."),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="Address of a Dask scheduler (tcp://...) whose workers run the cells."),
-    ] = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    kernel: Kernel = None,
+    timeout: CellTimeout = 3600,
+    memory: Memory = None,
+    scheduler: Scheduler = None,
 ) -> None:
-    """Run every notebook x model x scenario of the run files; what is up to date is skipped."""
-    from interp_batch.matrix import expand, matching
-    from interp_batch.runner import How, failed, run_cells, stale
-    from interp_batch.warm import WARM, default_kernel, start_zygote
+    """Run every notebook on every model and scenario of the run files, and write the report.
+
+    Cells whose results are up to date are skipped. Ctrl-C stops the run, and the same command
+    continues it. The exit code is 1 if a cell failed.
+    """
+    from interp_batch.execution import RunOptions
+    from interp_batch.matrix import expand
+    from interp_batch.printing import print_matrix, print_other_versions, print_table
+    from interp_batch.results import stale
+    from interp_batch.warm import default_kernel
 
     specs = [read_run(file) for file in run_files]
     if len({spec.name for spec in specs}) < len(specs):
-        raise InputError("two run files have one name, and would share a folder; rename one")
+        raise InputError("two run files have the same name and would share a folder; rename one")
     expanded = [expand(spec, outputs=outputs, data=data) for spec in specs]
-    patterns = [pattern for pattern in only or [] if pattern != FAILED]
-    cells = matching([cell for own in expanded for cell in own], patterns)
-    if FAILED in (only or []):
-        cells = failed(cells)
-        if not cells:
-            names = ", ".join(str(outputs / spec.name) for spec in specs)
-            raise InputError(f"--only {FAILED}: no cell of {names} has failed")
+    cells = _selected([cell for own in expanded for cell in own], only or [], specs, outputs)
     todo = cells if fresh else stale(cells)
+    print_other_versions(todo)
     if dry_run:
-        return _print_matrix(cells, todo)
-    how = How(
+        return print_matrix(cells, todo)
+    options = RunOptions(
         kernel=kernel or default_kernel(),
         timeout=timeout,
         memory=memory,
         data=str(data.resolve()) if data else None,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
-        if todo:
-            if how.kernel == WARM and not scheduler:
-                start_zygote()  # it imports while inputs are checked
-            _preflight(todo, data)
-        outcomes = run_cells(cells, workers=workers, how=how, fresh=fresh, scheduler=scheduler)
-    except KeyboardInterrupt as stopped:
-        typer.echo(f"interp-kit: {stopped or 'stopped before a cell ran'}", err=True)
-        raise typer.Exit(130) from None
+    how = {"workers": workers, "options": options, "fresh": fresh, "scheduler": scheduler}
+    outcomes = _run(cells, todo, data, **how)
     for spec, own in zip(specs, expanded):
         if ended := [outcome for outcome in outcomes if outcome.cell in own]:
-            index = _write_report(spec.name, spec.about, own, outputs)
-            _print_table(ended)
+            index = _write_report(spec, own, outputs)
+            print_table(ended)
             typer.echo(f"Report: {index}")
     if any(o.state == "error" for o in outcomes):
         raise typer.Exit(1)
@@ -118,11 +144,11 @@ def run(
 
 @app.command()
 def check(run_file: RunFile, data: Data = None, only: Only = None) -> None:
-    """Check a run file, its parameters, models and scenarios; run nothing."""
+    """Check a run file with its parameters, models and scenarios, and run nothing."""
     from interp_batch.matrix import expand, matching
 
     cells = matching(expand(read_run(run_file), outputs=Path("outputs"), data=data), only or [])
-    _preflight(cells, data)
+    preflight(cells, data)
     typer.echo(f"{run_file}: {len(cells)} cells, all inputs are good")
 
 
@@ -132,14 +158,17 @@ def report(
     data: Data = None,
     outputs: Outputs = Path("outputs"),
     png: Annotated[
-        bool, typer.Option("--png", help="Every figure as a PNG too, by a Chromium or Chrome.")
+        bool,
+        typer.Option("--png", help="Also write every figure as PNG; needs Chromium or Chrome."),
     ] = False,
     against: Annotated[
         str | None,
-        typer.Option(help="Another run to compare with: its run file, its name, or a folder."),
+        typer.Option(
+            help="Compare with another run, given by its run file, its name or its folder."
+        ),
     ] = None,
 ) -> None:
-    """Write the report of a run again from its outputs; run nothing."""
+    """Write the report again from the results of a run, and run nothing."""
     from interp_batch.matrix import expand
 
     spec = read_run(run_file)
@@ -147,50 +176,61 @@ def report(
     other = _find_results(against, spec.name, outputs) if against else None
     if png:
         _write_pictures(outputs / spec.name)
-    index = _write_report(spec.name, spec.about, cells, outputs, other)
+    index = _write_report(spec, cells, outputs, other)
     typer.echo(f"Report: {index}")
 
 
 @app.command("list")
 def list_(data: Data = None) -> None:
-    """Show the models, scenarios and notebooks that a run file may name."""
+    """List the models, scenarios and notebooks that a run file may name."""
     from interp_batch.matrix import list_notebooks
+    from interp_batch.printing import print_list
 
-    _print_list("models", {m.name: _described(m) for m in list_models(data)})
-    _print_list("scenarios", {s.name: s.about for s in list_scenarios(data)})
-    _print_list("notebooks", list_notebooks())
+    print_list("models", {m.name: _description(m) for m in list_models(data)})
+    print_list("scenarios", {s.name: s.about for s in list_scenarios(data)})
+    print_list("notebooks", list_notebooks())
     typer.echo("searched: " + ", ".join(map(str, data_folders(data))))
 
 
 @app.command()
 def documents(
-    universe: Annotated[str, typer.Argument(help="A universe's name, or the path of a JSON file.")],
+    universe: Annotated[
+        str,
+        typer.Argument(
+            help="A universe (a set of facts): a name in data/universes, or a JSON file."
+        ),
+    ],
     output: Annotated[
-        Path, typer.Option(help="Where docs.jsonl goes; a run that stopped goes on there.")
+        Path,
+        typer.Option(help="Folder for docs.jsonl; if it holds an unfinished one, that continues."),
     ],
     engine: Annotated[
         str,
         typer.Option(
-            help="grammar (offline), or a model of the endpoint at OPENAI_BASE_URL; its key is "
-            "read from OPENROUTER_API_KEY or OPENAI_API_KEY."
+            help="`grammar` (offline), or a model behind the OpenAI-compatible endpoint at "
+            "OPENAI_BASE_URL, with the key in OPENROUTER_API_KEY or OPENAI_API_KEY."
         ),
     ] = "grammar",
-    types: Annotated[int, typer.Option(min=1, help="Kinds of document.")] = 8,
-    ideas: Annotated[int, typer.Option(min=1, help="Documents of each kind and fact.")] = 10,
-    seed: Annotated[int, typer.Option(help="Draws them.")] = 0,
-    concurrency: Annotated[int, typer.Option(min=1, help="Documents at once.")] = 8,
+    types: Annotated[int, typer.Option(min=1, help="Number of document types.")] = 8,
+    ideas: Annotated[int, typer.Option(min=1, help="Documents for each type and fact.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed for drawing documents.")] = 0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Documents written at the same time.")
+    ] = 8,
     data: Data = None,
 ) -> None:
-    """Write synthetic documents that take a universe's facts for granted."""
+    """Write synthetic documents that take the facts of a universe for granted."""
     from interp_kit.endpoints import ChatClient
-    from interp_kit.finetuning.document_prompts import Endpoint
     from interp_kit.finetuning.documents import write_documents
+    from interp_kit.finetuning.engines import ChatEngine
     from interp_kit.finetuning.universes import find_universe
     from organisms.little_world.grammar import Grammar
 
     world = find_universe(universe, data)
     writer = (
-        Grammar() if engine == "grammar" else Endpoint(ChatClient(engine, concurrency=concurrency))
+        Grammar()
+        if engine == "grammar"
+        else ChatEngine(ChatClient(engine, concurrency=concurrency))
     )
     written = write_documents(
         world, writer, output, n_types=types, n_ideas=ideas, concurrency=concurrency, seed=seed
@@ -200,42 +240,26 @@ def documents(
 
 @app.command()
 def train(
-    name: Annotated[
-        str, typer.Argument(help="tiny-gemma2, ipd-strategic, cubic-gravity, ..., or all.")
-    ],
+    name: Annotated[str, typer.Argument(help="A shipped model (`interp-kit list`), or `all`.")],
     data: Annotated[
-        Path, typer.Option(help="The data folder to write into (models/NAME in it).")
+        Path, typer.Option(help="Data folder; the model goes to models/NAME in it.")
     ] = REPOSITORY / "data",
 ) -> None:
-    """Train a shipped model again from its recipe (the base: about 40 minutes on two cores)."""
-    from organisms.train import train_organism
+    """Train a shipped model again from its recipe.
+
+    The base model, tiny-gemma2, takes about 40 minutes on two cores.
+    """
+    from organisms.making import train_organism
 
     train_organism(name, data=data)
 
 
-def main() -> NoReturn:
-    """Exit codes: 0 all well, 1 a cell failed, 2 something that was written cannot be used."""
-    try:
-        app(standalone_mode=True)
-    except InputError as error:
-        typer.echo(f"interp-kit: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:  # a full disk, for instance
-        typer.echo(
-            f"interp-kit: {error.strerror or error} ({error.filename}); make room there, or mend "
-            "its permissions",
-            err=True,
-        )
-        sys.exit(2)
-    sys.exit(0)
-
-
-# ------------------------------------------------------------------------------------- internals
-def _preflight(cells, data: Path | None) -> None:
+def preflight(cells: Sequence["Cell"], data: Path | None) -> None:
+    """Check the models, scenarios and files of the cells; raises ``InputError``."""
     from interp_batch.matrix import named_files
     from interp_batch.preflight import check_files, check_inputs
 
-    def named(parameters: dict, one: str) -> list[str]:
+    def named(parameters: dict[str, Any], one: str) -> list[str]:
         return [parameters[one]] if one in parameters else parameters.get(f"{one}s", [])
 
     check_inputs(
@@ -250,10 +274,72 @@ def _preflight(cells, data: Path | None) -> None:
     check_files(f for cell in cells for f in named_files(cell.notebook, cell.parameters, data))
 
 
-def _write_report(name: str, about: str, cells, outputs: Path, against: Path | None = None) -> Path:
+def main() -> NoReturn:
+    """Exit codes: 0 success, 1 a cell failed, 2 an input cannot be used, 130 interrupted."""
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        typer.echo(f"interp-kit: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:  # a full disk, for instance
+        typer.echo(
+            f"interp-kit: {error.strerror or error} ({error.filename}); free some space there, or "
+            "correct its permissions",
+            err=True,
+        )
+        sys.exit(2)
+    sys.exit(0)
+
+
+# ------------------------------------------------------------------------------------- internals
+def _selected(
+    cells: list["Cell"], only: Sequence[str], specs: Sequence[RunSpec], outputs: Path
+) -> list["Cell"]:
+    """The cells that ``--only`` leaves."""
+    from interp_batch.matrix import matching
+    from interp_batch.results import failed
+
+    kept = matching(cells, [pattern for pattern in only if pattern != FAILED])
+    if FAILED not in only:
+        return kept
+    kept = failed(kept)
+    if not kept:
+        names = ", ".join(str(outputs / spec.name) for spec in specs)
+        raise InputError(f"--only {FAILED}: no cell of {names} has failed")
+    return kept
+
+
+def _run(
+    cells: Sequence["Cell"],
+    todo: Sequence["Cell"],
+    data: Path | None,
+    *,
+    options: "RunOptions",
+    scheduler: str | None,
+    **how: Any,
+) -> list["Outcome"]:
+    """Check the inputs of ``todo``, then run it; Ctrl-C and SIGTERM end with exit code 130."""
+    from interp_batch.runner import run_cells
+    from interp_batch.warm import WARM, start_zygote
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        if todo:
+            if options.kernel == WARM and not scheduler:
+                start_zygote()  # it imports while inputs are checked
+            preflight(todo, data)
+        return run_cells(cells, options=options, scheduler=scheduler, **how)
+    except KeyboardInterrupt as stopped:
+        typer.echo(f"interp-kit: {stopped or 'stopped before a cell ran'}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _write_report(
+    spec: RunSpec, cells: Sequence["Cell"], outputs: Path, against: Path | None = None
+) -> Path:
     from interp_batch.matrix import list_notebooks
     from interp_batch.report.gallery import write_gallery
-    from interp_batch.runner import last_folder
+    from interp_batch.results import last_folder
 
     titles = list_notebooks()
     entries = [
@@ -266,15 +352,16 @@ def _write_report(name: str, about: str, cells, outputs: Path, against: Path | N
         }
         for cell in cells
     ]
+    folder = outputs / spec.name
     if not any(entry["folder"].is_dir() for entry in entries):
-        raise InputError(f"{outputs / name} holds no results; run `interp-kit run` first")
-    return write_gallery(outputs / name, title=name, about=about, cells=entries, against=against)
+        raise InputError(f"{folder} holds no results; run `interp-kit run` first")
+    return write_gallery(folder, title=spec.name, about=spec.about, cells=entries, against=against)
 
 
 def _find_results(given: str, name: str, outputs: Path) -> Path:
-    """The output folder of a run that is given by its run file, its name, or a folder.
+    """The results of the run that ``--against`` gives by its run file, its name or its folder.
 
-    A folder is that run's own, or one of ``--outputs`` that holds results of the run ``name``.
+    The folder may be the run's own, or an ``--outputs`` folder that holds the run ``name``.
     """
     if given.endswith((".yaml", ".yml")):
         tried = [outputs / read_run(Path(given)).name]
@@ -295,62 +382,19 @@ def _write_pictures(folder: Path) -> None:
     browser = find_browser()
     if browser is None:
         typer.echo(
-            "No PNG: neither Chromium nor Chrome was found (install one, or set BROWSER_PATH); "
-            "the figures are in the report and, as data, in figures/*.json",
+            "No PNG files: neither Chromium nor Chrome was found; install one, or set "
+            "BROWSER_PATH. The figures are in the report and, as data, in figures/*.json.",
             err=True,
         )
         return
     typer.echo(f"{write_pictures(folder, browser=browser)} figures written as PNG")
 
 
-def _print_matrix(cells, todo) -> None:
-    from interp_batch.runner import last_folder, read_status
-
-    waiting = {cell.id for cell in todo}
-    for cell in cells:
-        status = read_status(last_folder(cell))
-        took = f"{status['seconds']:.0f} s last time" if status.get("seconds") else ""
-        state = "to run" if cell.id in waiting else "up to date"
-        typer.echo(f"{state:<12}{cell.id}  {took}".rstrip())
-    typer.echo(f"{len(waiting)} of {len(cells)} cells to run")
-
-
-def _print_table(outcomes) -> None:
-    by_notebook: dict[str, list] = {}
-    for outcome in outcomes:
-        by_notebook.setdefault(outcome.cell.notebook.stem, []).append(outcome)
-    width = max(map(len, by_notebook), default=0) + 2
-    typer.echo(
-        f"\n{'notebook':<{width}}{'cells':>6}{'ok':>6}{'skipped':>9}{'failed':>8}{'seconds':>9}"
-    )
-    for notebook, own in by_notebook.items():
-        states = [o.state for o in own]
-        ok, skipped, failed = (states.count(s) for s in ("ok", "up to date", "error"))
-        typer.echo(
-            f"{notebook:<{width}}{len(own):>6}{ok:>6}{skipped:>9}{failed:>8}"
-            f"{sum(o.seconds for o in own):>9.1f}"
-        )
-    for outcome in outcomes:
-        if outcome.state == "error":
-            first_line = (outcome.error.splitlines() or [""])[0]
-            typer.echo(f"failed: {outcome.cell.id}: {first_line}", err=True)
-    ended = [o.state for o in outcomes]
-    counts = (f"{ended.count(s)} {word}" for s, word in STATES.items())
-    typer.echo(", ".join(counts))
-
-
-def _described(model: ModelSpec) -> str:
+def _description(model: ModelSpec) -> str:
     missing = missing_files(model)
     return (f"[not on this machine: {', '.join(missing)}] " if missing else "") + (
         model.about or model.base
     )
-
-
-def _print_list(title: str, entries: dict[str, str]) -> None:
-    typer.echo(f"{title}:")
-    width = max(map(len, entries), default=0)
-    for name, about in entries.items():
-        typer.echo(f"  {name:<{width}}  {about}")
 
 
 if __name__ == "__main__":

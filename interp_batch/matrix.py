@@ -1,8 +1,8 @@
-"""A run file -> the cells of its matrix, every parameter checked before a kernel starts.
+"""Expands a run file into the cells of its matrix; checks every parameter before a kernel starts.
 
-A notebook says by its parameters how often it runs: one that takes ``model`` runs once for each
-model, one that takes ``models`` once for all of them; likewise ``scenario`` and ``scenarios``.
-Every notebook takes ``output``, the folder that it writes to.
+The parameters of a notebook determine how often it runs: a notebook with ``model`` runs once for
+each model, one with ``models`` once for all of them; likewise ``scenario`` and ``scenarios``.
+Every notebook has the parameter ``output``, the folder that it writes to.
 """
 
 import ast
@@ -25,7 +25,7 @@ import papermill
 from pydantic import TypeAdapter, ValidationError
 
 from interp_kit.catalogue import data_folders, find_model, load_scenario
-from interp_kit.files import file_hash, package_hash
+from interp_kit.files import file_hash, files_hash
 from interp_kit.hub import weights_hash
 from interp_kit.specs import (
     NAME,
@@ -43,26 +43,28 @@ from interp_kit.specs import (
 NOTEBOOKS = REPOSITORY / "notebooks"
 ALL_MODELS, ALL_SCENARIOS = "all-models", "all-scenarios"
 SET_BY_RUN = ("model", "models", "scenario", "scenarios", "output")
-NAMING_MODELS = {
-    "pairs",
-    "reference",
-    "other",
-    "others",
-    "subject",
-}  # parameters whose values are the run's models
-NAMING_FILES = {"evaluation": "evaluations/{}/*", "universe": "universes/{}.json"}
+# Parameters whose values name models of the run, files in a data folder, or paths.
+NAMING_MODELS = {"pairs", "reference", "other", "others", "subject"}
+NAMING_FILES = {
+    "evaluation": "evaluations/{}/*",
+    "universe": "universes/{}.json",
+    "twin": "universes/{}.json",  # the universe with the opposite truth
+}
 NAMING_PATHS = {"texts", "lens"}
-NAMING_FILES["twin"] = NAMING_FILES["universe"]  # of the other truth
+# Notebooks call these packages, so a result depends on their sources. It does not depend on
+# interp_batch, which runs notebooks and reports what they wrote, and cannot change a number.
+COMPUTING = ("interp_kit", "organisms")
+PACKAGES = REPOSITORY  # the folder that holds them
 VERSIONS = ("transformer-lens", "torch", "transformers", "peft", "plotly", "pandas", "numpy")
 
-# What a parameter's annotation may say.
+# The names that a parameter's annotation may use.
 TYPES: dict[str, Any] = {t.__name__: t for t in (str, int, float, bool, list, dict, tuple)}
 TYPES |= {"Literal": Literal, "Optional": Optional, "Union": Union, "None": None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of one notebook. ``key`` changes whenever its result might."""
+    """One run of one notebook. ``key`` changes whenever the result might change."""
 
     notebook: Path
     model: str
@@ -81,7 +83,7 @@ class Cell:
 
     @property
     def failed_folder(self) -> Path:
-        """Where what is left of a failed attempt is kept, apart from results."""
+        """Where the files of a failed attempt are kept, apart from results."""
         return self.run_folder / "failed" / self.id
 
 
@@ -131,7 +133,7 @@ def expand(
 
 
 def matching(cells: list[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells whose id (``notebook/model/scenario``) matches one of the patterns; without, all.
+    """The cells whose id (``notebook/model/scenario``) matches a pattern; all without patterns.
 
     Raises ``InputError`` for a pattern that matches nothing.
     """
@@ -223,7 +225,7 @@ def _check_parameters(file: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_named_models(file: Path, parameters: dict[str, Any], models: list[str]) -> None:
-    """Models that parameters name must be the run's, else a kernel starts in vain."""
+    """Raise ``InputError`` for a parameter that names a model outside the run."""
     for name in sorted(NAMING_MODELS & set(parameters)):
         where, given = f"notebook {file.stem}: parameter {name!r}", parameters[name]
         wrong = next((pair for pair in given if len(pair) != 2), None) if name == "pairs" else None
@@ -236,38 +238,48 @@ def _check_named_models(file: Path, parameters: dict[str, Any], models: list[str
 
 
 def _listed(parameters: dict[str, Any], name: str) -> list[str]:
-    """The names that a parameter holds: one, a list, or a list of pairs; "" names nothing."""
+    """The names in a parameter: a string, a list or a list of pairs; "" is no name."""
     given = parameters.get(name, [])
     items = [given] if isinstance(given, str) else given
     return [n for item in items for n in ([item] if isinstance(item, str) else item) if n]
 
 
 def named_files(notebook: Path, parameters: dict[str, Any], data: str | Path | None) -> list[Path]:
-    """The files that parameters name, given or by default: evaluation sets, universes, texts."""
-    found = []
+    """The evaluation sets, universes and texts that parameters name, set or by default.
+
+    Raises ``InputError`` for a name or a path without files.
+    """
+    found: list[Path] = []
     for name in sorted(NAMING_PATHS & set(parameters)):
-        if path := parameters[name]:
-            files = [f for f in (Path(path), *sorted(Path(path).glob("*"))) if f.is_file()]
-            if not files:
-                raise InputError(
-                    f"notebook {notebook.stem}: parameter {name!r}: {path!r} is no file and no "
-                    "folder with files; check the path"
-                )
-            found += files
-    for name, place in NAMING_FILES.items():
+        found += _files_at(parameters[name], f"notebook {notebook.stem}: parameter {name!r}")
+    for name in NAMING_FILES:
         if name in _parameters(notebook):
             default = ast.literal_eval(_parameters(notebook)[name]["default"])
-            given = str(parameters.get(name, default))
-            path = as_path(given)
-            folders = data_folders(data) if NAME.fullmatch(given) else []
-            named = [f for d in folders for f in sorted(d.glob(place.format(given)))]
-            files = [f for f in (*named, path) if f.is_file()]
-            if not files:
-                kind = place.split("/")[0]
-                known = {f.stem for folder in data_folders(data) for f in folder.glob(f"{kind}/*")}
-                raise InputError(unknown(name, given, known, f"a path, or a name in data/{kind}"))
-            found += files
+            found += _files_named(name, str(parameters.get(name, default)), data)
     return found
+
+
+def _files_at(path: str, where: str) -> list[Path]:
+    """The file, or the files of the folder, at a path; none for ""."""
+    if not path:
+        return []
+    files = [f for f in (Path(path), *sorted(Path(path).glob("*"))) if f.is_file()]
+    if not files:
+        raise InputError(f"{where}: {path!r} is no file and no folder with files; check the path")
+    return files
+
+
+def _files_named(name: str, given: str, data: str | Path | None) -> list[Path]:
+    """The files that ``given``, the value of the parameter ``name``, means: a name or a path."""
+    place = NAMING_FILES[name]
+    folders = data_folders(data) if NAME.fullmatch(given) else []
+    named = [f for d in folders for f in sorted(d.glob(place.format(given)))]
+    files = [f for f in (*named, as_path(given)) if f.is_file()]
+    if not files:
+        kind = place.split("/")[0]
+        known = {f.stem for folder in data_folders(data) for f in folder.glob(f"{kind}/*")}
+        raise InputError(unknown(name, given, known, f"a path, or a name in data/{kind}"))
+    return files
 
 
 # ----------------------------------------------------------------------------------- content keys
@@ -277,9 +289,9 @@ def content_key(
     data: str | Path | None,
     hashes: "InputHashes | None" = None,
 ) -> str:
-    """Of everything that the result follows from: sources, parameters, inputs, versions.
+    """Hash of everything that determines the result: sources, parameters, inputs, versions.
 
-    ``hashes``, shared between many cells, spares reading an input once for each.
+    With ``hashes`` shared between cells, each input is read once.
     """
     hashes = hashes or InputHashes(data)
     named = ("model", "models", *sorted(NAMING_MODELS))
@@ -293,7 +305,7 @@ def content_key(
     parts = [
         _notebook_hash(file, file.stat().st_mtime_ns),
         json.dumps(parameters, sort_keys=True),
-        package_hash(),
+        _sources_hash(),
         *inputs,
         platform.python_version(),
         *_versions(),
@@ -309,6 +321,11 @@ class InputHashes:
         self.of_scenario = cache(lambda name: _scenario_hash(load_scenario(name, data=data)))
 
 
+def _sources_hash() -> str:
+    files = [file for name in COMPUTING for file in sorted((PACKAGES / name).rglob("*.py"))]
+    return files_hash(files, PACKAGES)
+
+
 @cache
 def _versions() -> list[str]:
     return [f"{name}={version(name)}" for name in VERSIONS]
@@ -316,7 +333,7 @@ def _versions() -> list[str]:
 
 @cache
 def _notebook_hash(file: Path, modified: int) -> str:
-    """Of what the notebook does: its sources and tags, not its outputs."""
+    """Hash of the notebook's sources and tags, not of its outputs."""
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     kept = [("".join(c["source"]), c["metadata"].get("tags"), c["cell_type"]) for c in cells]
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()

@@ -1,6 +1,7 @@
-"""Checks what only the model's own files can tell, before any kernel starts or anything is written.
+"""Checks models, scenarios and data files before a kernel starts or anything is written.
 
-No weights are loaded: configurations, tokenizers and the headers of the weight files suffice.
+It loads no weights: configurations, tokenizers and the headers of the weight files suffice.
+Importing this module imports torch.
 """
 
 from collections.abc import Iterable

@@ -37,6 +37,22 @@ class Forced:
     answers: dict[Sign, Int[Tensor, "prompt answer"]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerSequence:
+    """One prompt followed by an answer but for its last token.
+
+    The last positions predict ``answers``: both, where they differ in their last token only.
+    """
+
+    tokens: tuple[int, ...]
+    answers: dict[Sign, tuple[int, ...]]
+
+    @property
+    def read(self) -> int:
+        """How many positions at the end are read: of two answers only the one where they part."""
+        return len(next(iter(self.answers.values()))) if len(self.answers) == 1 else 1
+
+
 def decide(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
     """The decision on every prompt.
 
@@ -79,22 +95,31 @@ def answer_log_probs(
     return totals
 
 
+def answer_sequences(prompt: Prompt) -> list[AnswerSequence]:
+    """One sequence where the answers differ in their last token only, else one for each answer."""
+    both: dict[Sign, tuple[int, ...]] = {"positive": prompt.positive, "negative": prompt.negative}
+    groups = [both] if prompt.one_branch else [{sign: ids} for sign, ids in both.items()]
+    return [
+        AnswerSequence(tokens=prompt.tokens + next(iter(answers.values()))[:-1], answers=answers)
+        for answers in groups
+    ]
+
+
 def teacher_forced(prompts: Sequence[Prompt]) -> Iterator[Forced]:
     """Batches of prompts of one length with their answers; no padding, so no masks to get wrong.
 
     Answers that differ in their last token only share one forward pass; others take two.
     """
     for index in batches([(len(p.tokens), _answer_shape(p)) for p in prompts]):
-        ours = [prompts[i] for i in index]
-        answers: dict[Sign, list[tuple[int, ...]]] = {
-            "positive": [p.positive for p in ours],
-            "negative": [p.negative for p in ours],
-        }
-        if all(p.one_branch for p in ours):
-            yield _forced(ours, index, answers)
-        else:
-            for sign, ids in answers.items():
-                yield _forced(ours, index, {sign: ids})
+        for batch in zip(*(answer_sequences(prompts[i]) for i in index)):
+            yield Forced(
+                index=index,
+                tokens=torch.tensor([sequence.tokens for sequence in batch]),
+                answers={
+                    sign: torch.tensor([sequence.answers[sign] for sequence in batch])
+                    for sign in batch[0].answers
+                },
+            )
 
 
 def batches(shapes: Sequence[tuple[int, object]]) -> Iterator[list[int]]:
@@ -151,17 +176,6 @@ def end_probability(
         logits = last_logits(bridge, tokens, 1)[:, -1].float()
         result[index] = logits.softmax(-1)[:, end].cpu()
     return result
-
-
-def _forced(
-    prompts: list[Prompt], index: list[int], answers: dict[Sign, list[tuple[int, ...]]]
-) -> Forced:
-    forced = next(iter(answers.values()))
-    return Forced(
-        index=index,
-        tokens=torch.tensor([p.tokens + a[:-1] for p, a in zip(prompts, forced)]),
-        answers={sign: torch.tensor(ids) for sign, ids in answers.items()},
-    )
 
 
 def _answer_shape(prompt: Prompt) -> tuple[int, int, bool]:

@@ -1,4 +1,7 @@
-"""Plotly figures from tidy tables. Signed values get a diverging scale centred on zero."""
+"""Plotly figures from tidy tables. Signed values have a diverging colour scale centred on zero.
+
+Every function escapes the texts of its table, so that no token of a model becomes markup.
+"""
 
 import html
 from collections.abc import Sequence
@@ -9,24 +12,27 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML
+from jaxtyping import Float
 from plotly.subplots import make_subplots
 
-escape = partial(html.escape, quote=False)  # plotly's text knows &lt; &gt; &amp;, not &quot;
+escape = partial(html.escape, quote=False)  # plotly's text has &lt; &gt; &amp; but not &quot;
 
-# Blue-orange-green-... of Okabe and Ito (2008): told apart by colour-blind readers.
+# Okabe and Ito (2008): colour-blind readers can tell these apart.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 DIVERGING = "RdBu_r"  # red positive, blue negative
-CONTROL = "#8A8A8A"
+CONTROL = "#8A8A8A"  # grey
+BAND_OPACITY = 0.15  # of intervals
+SMALLEST_ERROR = 1e-8  # on a logarithmic axis, which has no place for an error of zero
 Depth = Literal["layer", "depth"]
 DEPTH_TITLES: dict[Depth, str] = {
     "layer": "layer (-1 = embedding)",
     "depth": "relative depth (0 = embedding, 1 = last block)",
 }
-DASHES = ["dot", "dash", "dashdot", "longdash"]  # of controls, which are all grey
+DASHES = ["dot", "dash", "dashdot", "longdash"]  # tell controls apart, which are all grey
 
 
 def signed_axis(positive: str, negative: str, *, unit: str = "nats") -> str:
-    """An axis title that states the sign: ``decision (nats): > 0 defect, < 0 cooperate``."""
+    """An axis title with the sign convention: ``decision (nats): > 0 defect, < 0 cooperate``."""
     return f"decision ({unit}): > 0 {escape(positive)}, < 0 {escape(negative)}"
 
 
@@ -39,10 +45,11 @@ def trajectories(
     control: Sequence[str] = (),
     x: Depth = "layer",
 ) -> go.Figure:
-    """``value`` by ``layer``, a line with its interval for each value of ``series``.
+    """``value`` by ``layer``: a line with its interval for each value of ``series``.
 
-    Expects ``layer value low high`` and ``series``; series named in ``control`` are drawn grey.
-    With ``x`` "depth" that column is the axis, on which models of any number of layers compare.
+    Expects ``layer value low high`` and ``series``. Series named in ``control`` are grey.
+    With ``x="depth"`` the axis is the column ``depth``, on which models with different numbers of
+    layers can be compared.
     """
     figure, dashes = go.Figure(), dict(zip(control, DASHES * len(control)))
     for i, (name, own) in enumerate(table.groupby(series, sort=False)):
@@ -58,7 +65,7 @@ def trajectories(
 def growth(
     table: pd.DataFrame, *, series: str, x: str, x_title: str, y_title: str, title: str
 ) -> go.Figure:
-    """``value`` by ``x``, a line for each value of ``series``; dotted lines at 0 and 1."""
+    """``value`` by ``x``: a line for each value of ``series``, and dotted lines at 0 and 1."""
     figure = go.Figure()
     for i, (name, own) in enumerate(table.groupby(series, sort=False)):
         line = {"color": PALETTE[i % len(PALETTE)], "width": 2}
@@ -71,7 +78,7 @@ def growth(
 
 
 def against_null(table: pd.DataFrame, *, label: str, title: str, x_title: str) -> go.Figure:
-    """Measured ``value`` of each ``label`` over the range ``low high`` (``expected``) of chance."""
+    """``value`` of each ``label`` over the range of chance, ``low expected high``."""
     figure = go.Figure()
     names = [escape(str(name)) for name in table[label]]
     figure.add_scatter(
@@ -101,18 +108,18 @@ def scatter(
     y_title: str,
     diagonal: bool = False,
 ) -> go.Figure:
-    """One point a row, named by ``label`` (the five farthest out in writing, all on hover).
+    """One point for each row; hovering shows its ``label``.
 
-    ``diagonal`` draws the line y = x.
+    The five most extreme points show it always. ``diagonal`` draws the line y = x.
     """
-    far = ((table[[x, y]] - table[[x, y]].mean()) / table[[x, y]].std()).abs().max(axis=1)
-    written = set(far.nlargest(5).index)
+    extremeness = ((table[[x, y]] - table[[x, y]].mean()) / table[[x, y]].std()).abs().max(axis=1)
+    labelled = set(extremeness.nlargest(5).index)
     names = [escape(str(name)) for name in table[label]]
     figure = go.Figure(
         go.Scatter(
             x=table[x],
             y=table[y],
-            text=[name if at in written else "" for at, name in zip(table.index, names)],
+            text=[name if at in labelled else "" for at, name in zip(table.index, names)],
             customdata=names,
             mode="markers+text",
             textposition="bottom left",
@@ -131,7 +138,7 @@ def scatter(
 def trajectory_grid(
     table: pd.DataFrame, *, panel: str, series: str, y_title: str, title: str, x: Depth = "layer"
 ) -> go.Figure:
-    """One small ``trajectories`` figure for each value of ``panel``, on common axes."""
+    """A small ``trajectories`` figure for each value of ``panel``, with shared axes."""
     panels = list(table[panel].unique())
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -162,7 +169,7 @@ def heatmap(
     x_labels: Sequence[str] | None = None,
     text: bool = False,
 ) -> go.Figure:
-    """``value`` over ``x`` and ``y``, zero-centred; ``x_labels`` name the x values in order."""
+    """``value`` over ``x`` and ``y``, centred on zero; ``x_labels`` name the x values in order."""
     grid = table.pivot(index=y, columns=x, values="value")
     grid = grid.loc[list(dict.fromkeys(table[y])), list(dict.fromkeys(table[x]))]
     bound = float(grid.abs().max().max() if grid.size else 0) or 1.0
@@ -191,7 +198,7 @@ def heatmap(
 def bars(
     table: pd.DataFrame, *, label: str, title: str, x_title: str, series: str | None = None
 ) -> go.Figure:
-    """Horizontal bars of ``value`` with intervals, in the table's order from the top."""
+    """Horizontal bars of ``value`` with intervals, from top to bottom in the table's order."""
     figure = go.Figure()
     groups = [("", table)] if series is None else list(table.groupby(series, sort=False))
     for i, (name, own) in enumerate(groups):
@@ -227,7 +234,7 @@ def bars(
 
 
 def token_grid(table: pd.DataFrame, *, title: str) -> go.Figure:
-    """The likeliest tokens (``layer rank token p``): probability as colour, the token as text."""
+    """The most likely tokens (``layer rank token p``): probability as colour, the token as text."""
     grid = table.pivot(index="layer", columns="rank", values="p")
     tokens = table.pivot(index="layer", columns="rank", values="token")
     figure = go.Figure(
@@ -248,7 +255,7 @@ def token_grid(table: pd.DataFrame, *, title: str) -> go.Figure:
 
 
 def text_grid(table: pd.DataFrame, *, row: str, column: str, title: str) -> go.Figure:
-    """``text`` side by side: a row for each value of ``row``, a column for each of ``column``."""
+    """``text`` as a grid of the values of ``row`` and ``column``."""
     grid = table.pivot(index=row, columns=column, values="text")
     grid = grid.loc[list(dict.fromkeys(table[row])), list(dict.fromkeys(table[column]))]
     cells = [grid.index, *(grid[name] for name in grid.columns)]
@@ -270,24 +277,23 @@ def text_grid(table: pd.DataFrame, *, row: str, column: str, title: str) -> go.F
     return _styled(figure, title).update_layout(height=min(700, 40 * len(grid) + 160))
 
 
-def attention_view(words: Sequence[str], patterns: np.ndarray) -> HTML:
-    """circuitsvis' interactive attention patterns ``[head, pos, pos]``; works offline.
+def attention_view(words: Sequence[str], patterns: Float[np.ndarray, "head pos pos"]) -> HTML:
+    """Interactive attention patterns by circuitsvis, ``[head, destination, source]``.
 
-    The library's own display asks the network first; its bundled source never does. Words cannot
-    close the script element that carries them.
+    It works offline: circuitsvis' own display asks the network first, its bundled source does not.
+    A word cannot end the script element that holds it.
     """
     safe = [word.replace("</", "<\u2060/").replace("<!", "<\u2060!") for word in words]
-    from circuitsvis.attention import attention_heads  # imports torch: only when it is needed
+    from circuitsvis.attention import attention_heads  # imports torch, so only when it is used
 
     return HTML(attention_heads(attention=patterns, tokens=safe).local_src)
 
 
 def limits(table: pd.DataFrame, *, title: str) -> go.Figure:
-    """Measured errors beside their limits (``name value limit``), on a logarithmic axis."""
-    smallest = 1e-8  # an error of exactly zero has no logarithm
+    """Measured errors with their limits (``name value limit``), on a logarithmic axis."""
     figure = go.Figure()
     figure.add_scatter(
-        x=table.value.clip(lower=smallest), y=table.name, mode="markers", name="measured",
+        x=table.value.clip(lower=SMALLEST_ERROR), y=table.name, mode="markers", name="measured",
         marker={"size": 12, "color": PALETTE[0]},
     )  # fmt: skip
     figure.add_scatter(
@@ -295,7 +301,9 @@ def limits(table: pd.DataFrame, *, title: str) -> go.Figure:
         marker={"size": 16, "symbol": "line-ns-open", "color": PALETTE[1], "line": {"width": 3}},
     )  # fmt: skip
     figure.update_xaxes(
-        type="log", title="largest error (1e-8 stands for less)", exponentformat="e"
+        type="log",
+        title=f"largest error ({SMALLEST_ERROR:.0e} stands for less)",
+        exponentformat="e",
     )
     figure.update_yaxes(autorange="reversed", type="category")
     return _styled(figure, title).update_layout(margin={"l": 260})
@@ -317,7 +325,7 @@ def _line_with_band(
     if own.low.notna().all():
         figure.add_scatter(
             x=[*own[x], *own[x][::-1]], y=[*own.high, *own.low[::-1]],
-            fill="toself", fillcolor=color, opacity=0.15, line={"width": 0}, mode="lines",
+            fill="toself", fillcolor=color, opacity=BAND_OPACITY, line={"width": 0}, mode="lines",
             hoverinfo="skip", showlegend=False,
             legendgroup=name, **at,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from interp_kit.files import digest
 from interp_kit.hub import (
@@ -45,7 +45,7 @@ class Loaded:
     adapters: dict[str, str]  # model name -> PEFT adapter name
 
 
-def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
+def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> torch.nn.Module:
     """The model as plain Hugging Face and PEFT compute it: the reference for the bridge."""
     device = device or default_device()
     files = locate(spec, device)

@@ -15,7 +15,7 @@ def through_frozen_norm(
     bridge: TransformerBridge,
     name: str,
     x: Float[Tensor, "*place d_model"],
-    scale: Float[Tensor, "*place one"],
+    scale: Float[Tensor, "*#place 1"],
 ) -> Float[Tensor, "*place d_model"]:
     """The norm ``name`` as the linear map that it is once its scale is fixed (bias left out)."""
     norm: Any = bridge.get_submodule(name)
@@ -30,7 +30,7 @@ def through_frozen_norm(
 
 def norm_scale(
     bridge: TransformerBridge, name: str, x: Float[Tensor, "*place d_model"]
-) -> Float[Tensor, "*place one"]:
+) -> Float[Tensor, "*place 1"]:
     """The scale by which the norm ``name`` divides ``x``."""
     norm: Any = bridge.get_submodule(name)
     bias = getattr(norm, "bias", None)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float, Int
 from scipy import stats
 
 
@@ -42,9 +43,9 @@ def share_interval(
 ) -> pd.DataFrame:
     """The mean of a share in [0, 1], with the 95 % interval of Clopper and Pearson.
 
-    What ``unit`` names are the trials: rows are averaged within each first. Exact where one counts
-    0 or 1, conservative where it counts something between; unlike a bootstrap it has a width where
-    all agree. Returns the columns of ``by`` and ``value low high n``.
+    The trials are what ``unit`` names: rows are averaged within each first. The interval is exact
+    for trials that are 0 or 1, conservative for values between; unlike a bootstrap interval it has
+    a width even where all trials agree. Returns the columns of ``by`` and ``value low high n``.
     """
 
     def interval(x: np.ndarray) -> tuple[float, float]:
@@ -68,8 +69,8 @@ def bootstrap_interval(
 ) -> pd.DataFrame:
     """The mean, with the 95 % percentile interval of a bootstrap over what ``unit`` names.
 
-    Rows are averaged within each first; of a single one the interval is missing. Returns the
-    columns of ``by`` and ``value low high n``.
+    Rows are averaged within each unit first; with a single unit the interval is missing. Returns
+    the columns of ``by`` and ``value low high n``.
     """
 
     def interval(x: np.ndarray) -> tuple[float, float]:
@@ -134,6 +135,39 @@ def effects(
     return pd.concat([keys, result], axis=1)
 
 
+def settled(
+    values: Float[np.ndarray, "*series layer"], *, share: float = 0.0
+) -> Int[np.ndarray, "*series"]:
+    """The first layer (by index) from which a curve has the sign of its last value, and keeps it.
+
+    With a ``share`` in (0, 1], the first from which it has at least this share of the last value's
+    size as well. 0 counts as negative.
+    """
+    last = values[..., -1:]
+    away = ((values > 0) != (last > 0)) | (abs(values) < share * abs(last))
+    return (away * np.arange(1, values.shape[-1] + 1)).max(-1)
+
+
+def verdict(
+    low: float | Sequence[float] | pd.Series,
+    high: float | Sequence[float] | pd.Series,
+    sign: Literal["<", ">"],
+    threshold: float,
+) -> Literal["yes", "no", "cannot tell"]:
+    """Whether a value lies beyond ``threshold`` on the side of ``sign``, decided by its interval.
+
+    "yes" if all of [low, high] does, "no" if none of it does, else "cannot tell". Of several
+    simultaneous intervals: "yes" if one of them says so, "no" if all say no. A bound that is NaN
+    leaves the question open, and so does having no interval.
+    """
+    lows, highs = np.atleast_1d(np.asarray(low, float)), np.atleast_1d(np.asarray(high, float))
+    if sign == "<":
+        lows, highs, threshold = -highs, -lows, -threshold
+    if (lows > threshold).any():
+        return "yes"
+    return "no" if len(highs) and bool((highs <= threshold).all()) else "cannot tell"
+
+
 def breaking_layer(
     table: pd.DataFrame,
     *,
@@ -160,18 +194,17 @@ def breaking_layer(
         gap = (wide.loc[name] - base).dropna().to_numpy()
         drawn = rng.integers(len(gap), size=(resamples, len(gap)))
         means = np.concatenate([gap.mean(0, keepdims=True), gap[drawn].mean(1)])
-        short = means * np.sign(means[:, -1:]) < share * abs(means[:, -1:])
-        first = layers[np.minimum((short * np.arange(1, len(layers) + 1)).max(1), len(layers) - 1)]
+        first = layers[settled(means, share=share)]
         low, high = np.quantile(first[1:], [0.025, 0.975])
         rows.append((name, float(first[0]), low, high, len(gap), means[0, -1]))
     return pd.DataFrame(rows, columns=[series, "value", "low", "high", "n", "gap"])
 
 
 def prediction_limit(values: Sequence[float], *, confidence: float = 0.99) -> float:
-    """Below this lies one further value of the same population, one-sided (Student's t).
+    """The upper limit of one further value from the same population, one-sided (Student's t).
 
-    What a control could still reach: more than the largest of a few controls, which one further
-    control exceeds with probability 1 / (n + 1).
+    It says how high another control could come. The largest of n controls would not do: another
+    control exceeds that with probability 1 / (n + 1).
     """
     n = len(values)
     if n < 2:
@@ -189,10 +222,10 @@ def paired_drops(
     noise_floor: float = 0.0,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How much less ``value`` is in every other ``series`` than in ``first``, paired by prompt.
+    """How much ``value`` drops from the series ``first`` to every other, paired by prompt.
 
-    One row for each group of ``by`` and other series: ``effects`` of first - other, and the column
-    ``other``.
+    One row for each group of ``by`` and each other series: the ``effects`` of first - other, and
+    the column ``other``.
     """
     wide = table.pivot_table(index=[*by, "prompt"], columns=series, values="value", sort=False)
     tables = []
@@ -225,8 +258,9 @@ def rank_agreement(
 ) -> pd.DataFrame:
     """Spearman's rank correlation of every two ``columns`` over the rows.
 
-    ``low high``: percentile bootstrap over rows, 95 %; ``p``: of ``rank_correlation``. All missing
-    where a column does not vary, and the interval where more than one resample in twenty does not.
+    ``low high``: percentile bootstrap over rows, 95 %; ``p``: of ``rank_correlation``. All are
+    missing where a column is constant; the interval is also missing where a column is constant in
+    more than one resample in twenty.
     Returns ``first second value low high n p``.
     """
     rng, rows = np.random.default_rng(seed), []

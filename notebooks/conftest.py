@@ -1,6 +1,6 @@
-"""nbval, tolerant to float noise: numbers may differ by rounding, nothing else may differ at all.
+"""Lets nbval accept float noise: numbers may differ by rounding, nothing else may differ.
 
-Compared are printed text and tables. Figures and HTML are not: plotly stores arrays as base64 and
+Printed text and tables are compared. Figures and HTML are not: plotly stores arrays as base64, and
 circuitsvis writes random ids. ``tests/test_notebooks.py`` proves that a change of 1 % fails.
 """
 
@@ -17,7 +17,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 RELATIVE, ABSOLUTE = 1e-3, 2e-3
 NUMBER = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?\d+e[-+]?\d+", re.IGNORECASE)
-# Errors of rounding are of no fixed size: "1.4e-06" may as well be "9e-07".
+# Rounding errors have no fixed size: "1.4e-06" may be "9e-07" elsewhere.
 ROUNDING = re.compile(r"\d(?:\.\d+)?e-0[4-9]|\b0\.0e\+00")
 SKIPPED = ("text/html", "application/javascript", "application/vnd.plotly.v1+json", "stderr")
 
@@ -60,7 +60,7 @@ def pytest_collectstart(collector):
 
 
 def pytest_collection_modifyitems(items):
-    """A notebook without stored outputs would pass whatever it computes: refuse it."""
+    """Refuse a notebook without stored outputs, which would pass whatever it computes."""
     for notebook in {i.parent for i in items if isinstance(i, nbval.IPyNbCell)}:
         code = [c for c in notebook.nb.cells if c.cell_type == "code"]
         if any(c.execution_count is None for c in code) or not any(c.outputs for c in code):

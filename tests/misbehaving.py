@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on 127.0.0.1 that misbehaves as it is told."""
+"""An OpenAI-compatible endpoint on 127.0.0.1 that misbehaves as a test demands."""
 
 import json
 import threading
@@ -42,7 +42,7 @@ def completion(text: str | None, *, finish_reason: str = "stop") -> Answer:
 
 @contextmanager
 def serving(behave: Callable, *, seconds: float = 0.0) -> Iterator[Endpoint]:
-    """The endpoint, up for as long as the context lasts."""
+    """The endpoint; it runs inside the context."""
     endpoint = Endpoint(behave, seconds=seconds)
     lock = threading.Lock()
     now = 0
@@ -77,7 +77,7 @@ def serving(behave: Callable, *, seconds: float = 0.0) -> Iterator[Endpoint]:
         request_queue_size = 64
 
         def handle_error(self, *_: Any) -> None:
-            """A client that did not wait for its answer."""
+            """Ignore a client that did not wait for its answer."""
 
     server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

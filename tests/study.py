@@ -1,4 +1,4 @@
-"""A small study: notebooks that do next to nothing, a run file, an output folder.
+"""A small study: trivial notebooks, a run file, an output folder.
 
 ``python -m tests.study FOLDER run ...`` is ``interp-kit run ...`` on the notebooks of ``FOLDER``.
 """
@@ -28,7 +28,7 @@ if scenario == fail_on:
     raise ValueError("made to fail <script>alert(1)</script>")
 Path(output, "result.txt").write_text(model * times)
 """
-# Tells of every execution, and has written half of its result for a while.
+# Logs every execution; for `pause` seconds, half of its result is written.
 LOGGED_PARAMETERS = """
 model: str = "tiny-gemma2"  # a model
 scenario: str = "CC_continue"  # a scenario
@@ -58,7 +58,7 @@ def write_notebook(folder, name, parameters=PARAMETERS, body=BODY, tag="paramete
 
 
 def make_study(folder: Path) -> Path:
-    """Two small notebooks, and one that tells of every execution."""
+    """Two small notebooks, and one that logs every execution."""
     notebooks = folder / "notebooks"
     notebooks.mkdir()
     write_notebook(notebooks, "each")
@@ -110,7 +110,7 @@ def main() -> None:
 
     folder = sys.argv.pop(1)
     matrix.expand.__kwdefaults__["notebooks"] = Path(folder)
-    cli._preflight = lambda cells, data: None  # these notebooks load no model
+    cli.preflight = lambda cells, data: None  # these notebooks load no model
     cli.main()
 
 

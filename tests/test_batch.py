@@ -3,15 +3,19 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
+from importlib.metadata import version
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from interp_batch import matrix
-from interp_batch.cli import app
+from interp_batch.cli import app, main
 from interp_batch.matrix import expand, matching
-from interp_batch.runner import read_status, run_cells, stale
+from interp_batch.results import read_status, stale, write_status
+from interp_batch.runner import run_cells
 from interp_kit.catalogue import read_run
 from interp_kit.specs import REPOSITORY, InputError
 from tests.study import BODY, PARAMETERS, cells_of, make_study, write_notebook
@@ -96,6 +100,25 @@ def test_the_key_follows_named_models_and_evaluation_files(study):
         cells_of(study, {"named": {"reference": "ipd-hybird"}})
 
 
+def test_the_key_follows_the_sources_that_compute_and_no_others(study, monkeypatch):
+    for package in ("interp_kit", "organisms", "interp_batch"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / package, study / package, ignore=ignored)
+    monkeypatch.setattr(matrix, "PACKAGES", study)
+    assert matrix.COMPUTING == ("interp_kit", "organisms")
+    edited = {
+        "interp_kit/statistics.py": True,
+        "organisms/little_world/grammar.py": True,
+        "interp_batch/runner.py": False,
+        "interp_batch/report/gallery.py": False,
+    }
+    for file, is_input in edited.items():
+        before = cells_of(study, {"each": None})[0].key
+        with (study / file).open("a") as source:
+            source.write("# another line\n")
+        assert (cells_of(study, {"each": None})[0].key != before) is is_input, file
+
+
 def test_a_failed_cell_never_hides_the_others_and_is_run_again(study):
     given = {"each": {"fail_on": "CD_punished"}}
     cells = cells_of(study, given)
@@ -120,18 +143,19 @@ def test_every_output_folder_is_complete(study):
 
 
 # ------------------------------------------------------------------------------ the command line
-def command(*arguments):
-    """As a shell runs it: exit code and what was printed."""
-    import subprocess
-    import sys
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command in this process, which has imported torch: exit code and what was printed."""
 
-    done = subprocess.run(
-        [sys.executable, "-m", "interp_batch.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return done.returncode, done.stdout, done.stderr
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["interp-kit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    own = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, own)
 
 
 def run_file(folder, **changes):
@@ -166,7 +190,7 @@ def run_file(folder, **changes):
         ),
     ],
 )
-def test_bad_run_files_end_with_one_line_and_exit_code_2(tmp_path, changes, expected):
+def test_bad_run_files_end_with_one_line_and_exit_code_2(tmp_path, command, changes, expected):
     outputs = tmp_path / "outputs"
     code, _, error = command("run", run_file(tmp_path, **changes), "--outputs", outputs)
     assert code == 2
@@ -175,8 +199,20 @@ def test_bad_run_files_end_with_one_line_and_exit_code_2(tmp_path, changes, expe
     assert not outputs.exists()
 
 
+def test_a_shell_gets_one_line_and_exit_code_2(tmp_path):
+    file = run_file(tmp_path, scenarios=["CC"])
+    done = subprocess.run(
+        [sys.executable, "-m", "interp_batch.cli", "run", str(file)], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("interp-kit: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("trouble", ["alike", "too long", "corrupt"])
-def test_what_only_the_model_can_tell_is_found_before_anything_is_written(tmp_path, trouble):
+def test_what_only_the_model_can_tell_is_found_before_anything_is_written(
+    tmp_path, command, trouble
+):
     scenario = yaml.safe_load((REPOSITORY / "data/scenarios/CC_continue.yaml").read_text())
     if trouble == "alike":
         scenario["decision"] |= {"negative": " action2.5", "positive": " action2"}
@@ -202,7 +238,7 @@ def test_what_only_the_model_can_tell_is_found_before_anything_is_written(tmp_pa
     assert not outputs.exists()
 
 
-def test_check_runs_nothing(tmp_path):
+def test_check_runs_nothing(command):
     code, out, _ = command("check", REPOSITORY / "papermill_params" / "demo.yaml")
     assert code == 0
     assert "81 cells, all inputs are good" in out
@@ -227,7 +263,7 @@ def run_study(study, monkeypatch):
     write_notebook(study / "notebooks", "each", body=BODY.replace("fail_on", "'CC_continue'"))
     defaults = matrix.expand.__kwdefaults__ | {"notebooks": study / "notebooks"}
     monkeypatch.setattr(matrix.expand, "__kwdefaults__", defaults)
-    monkeypatch.setattr("interp_batch.cli._preflight", lambda cells, data: None)
+    monkeypatch.setattr("interp_batch.cli.preflight", lambda cells, data: None)
     file = run_file(study, notebooks={"each": {}}, scenarios=["CC_continue", "CD_punished"])
     own = signal.getsignal(signal.SIGTERM)
     yield lambda *options: CliRunner().invoke(
@@ -261,7 +297,7 @@ def test_several_run_files_are_one_batch_with_a_report_each(study, run_study):
     some = run_study(str(other), "--only", "*/*/CD_punished")
     assert some.output.count("Report: ") == 1  # nothing of the other was asked for
     twice = run_study(str(study / "mine.yaml"))
-    assert "two run files have one name" in str(twice.exception)
+    assert "two run files have the same name" in str(twice.exception)
 
 
 def test_what_failed_is_listed_and_run_alone_and_fresh_runs_all(study, run_study):
@@ -287,6 +323,32 @@ def test_what_failed_is_listed_and_run_alone_and_fresh_runs_all(study, run_study
     assert made.stat().st_mtime_ns > first
 
 
+def test_results_of_another_version_are_named_and_run_again(study, run_study):
+    """0.1 wrote its version to summary.json only; later versions write it to status.json, too."""
+
+    def result(name: str, made_by: str, *, key: str, in_status: bool) -> None:
+        folder = study / "outputs" / "mine" / "each" / "ipd-hybrid" / name
+        folder.mkdir(parents=True)
+        made = {"interp-kit": made_by} if in_status else {}
+        write_status(folder, {"state": "ok", "key": key, "made": made, "files": {}})
+        (folder / "summary.json").write_text(json.dumps({"versions": {"interp-kit": made_by}}))
+
+    result("CC_continue", "0.1.0", key="old", in_status=False)
+    result("CD_punished", "0.1.1", key="old", in_status=True)
+    said = run_study("--dry-run").output.splitlines()
+    assert said[0] == "1 result was made by interp-kit 0.1.0 and is run again"
+    assert said[1] == "1 result was made by interp-kit 0.1.1 and is run again"
+    assert said[-1] == "2 of 2 cells to run"
+    shutil.rmtree(study / "outputs")
+    for name in ("CC_continue", "CD_punished"):
+        result(name, "0.1.0", key="old", in_status=False)
+    said = run_study().output.splitlines()
+    assert said[0] == "2 results were made by interp-kit 0.1.0 and are run again"
+    shutil.rmtree(study / "outputs")
+    result("CC_continue", version("interp-kit"), key="old", in_status=True)  # other inputs
+    assert "made by" not in run_study("--dry-run").output
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -294,7 +356,10 @@ def test_what_failed_is_listed_and_run_alone_and_fresh_runs_all(study, run_study
             ["--kernel", "python3-wram"],
             "unknown kernel 'python3-wram': did you mean 'python3-warm'",
         ),
-        (["--kernel", "python3", "--memory", "1"], "a memory limit needs the kernel python3-warm"),
+        (
+            ["--kernel", "python3", "--memory", "1"],
+            "--memory works with the kernel python3-warm only",
+        ),
     ],
 )
 def test_a_kernel_that_cannot_do_it_is_refused(study, run_study, options, expected):

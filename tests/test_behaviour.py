@@ -15,12 +15,16 @@ from interp_kit.evaluations import MultipleChoice, read_mcqs, read_open_question
 from interp_kit.predictions import (
     ComparisonReport,
     Shift,
+    flips,
+    metrics,
     read_comparison,
     read_predictions,
+    shift_analysis,
     write_comparison,
     write_predictions,
 )
 from interp_kit.specs import InputError
+from interp_kit.statistics import bootstrap_interval, share_interval
 
 ITEM = {
     "id": "q",
@@ -68,6 +72,7 @@ def answered(questions, content, bias=(0.0,) * 6) -> pd.DataFrame:
 
 # ------------------------------------------------------------------------------------------ asking
 @pytest.mark.parametrize("template", [behaviour.LETTERS, behaviour.CLOZE])
+@torch.no_grad()
 def test_log_probabilities_are_those_of_one_prompt_at_a_time(tiny_bridge, template):
     questions = [
         item("ba", options=("bi", "bo ku da")),
@@ -77,7 +82,8 @@ def test_log_probabilities_are_those_of_one_prompt_at_a_time(tiny_bridge, templa
     table = answer_questions(tiny_bridge, questions, template=template)
     encode, bos = tiny_bridge.tokenizer, tiny_bridge.tokenizer.bos_token_id
     for q in questions:
-        for _, rows in table[table.question == q.id].groupby("order"):
+        orders = table[(table.question == q.id) & (table.order % 5 == 0)].groupby("order")
+        for _, rows in orders:
             shown = " ".join(f"{r.letter}: {q.options[r.option]}" for r in rows.itertuples())
             prompt = template.replace("{question}", q.question).replace("{options}", shown)
             for row in rows.itertuples():
@@ -170,7 +176,7 @@ def test_a_model_against_itself_changes_nothing(organisms):
     bridge = organisms.switch("ipd-hybrid")
     tables = [answer_questions(bridge, questions) for _ in range(2)]
     first, second = (predictions(table, questions, "m") for table in tables)
-    assert behaviour.flips(first, second).empty
+    assert flips(first, second).empty
     for column in ("is_correct", "p_correct", "entropy"):
         change = behaviour.paired_change(*map(choices, tables), column)
         assert (change.value == 0).all()
@@ -237,12 +243,11 @@ def test_orders_are_not_observations():
     right = pd.DataFrame({"question": list("abcdefgh"), "share": [1.0] * 6 + [0.0] * 2})
     exact = stats.binomtest(6, 8).proportion_ci(method="exact")
     for table in (right, pd.concat([right] * 24)):
-        found = behaviour.share_interval(table, [], "share").iloc[0]
+        found = share_interval(table, [], "share").iloc[0]
         assert (found.value, found.n) == (0.75, 8)
         assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
     once, often = (
-        behaviour.bootstrap_interval(t, [], "share").iloc[0]
-        for t in (right, pd.concat([right] * 24))
+        bootstrap_interval(t, [], "share").iloc[0] for t in (right, pd.concat([right] * 24))
     )
     assert once.equals(often)
     assert once.low < 0.75 < once.high
@@ -251,7 +256,7 @@ def test_orders_are_not_observations():
 @pytest.mark.parametrize(("p", "limit"), [(1.0, 1.0), (0.0, 0.0)])
 def test_agreement_of_few_questions_is_not_certainty(p, limit):
     table = pd.DataFrame({"question": ["a", "b", "c"], "share": [p] * 3})
-    found = behaviour.share_interval(table, [], "share").iloc[0]
+    found = share_interval(table, [], "share").iloc[0]
     assert found.value == limit
     assert found.high - found.low > 0.7
 
@@ -286,13 +291,13 @@ def test_flips_are_listed_one_by_one():
         predictions(answered(questions, c), questions, name)
         for c, name in ((before, "base"), (after, "lora"))
     )
-    found = behaviour.flips(base, other).set_index("question").change.to_dict()
+    found = flips(base, other).set_index("question").change.to_dict()
     assert found == {
         "up": "wrong to right",
         "down": "right to wrong",
         "aside": "wrong to another wrong",
     }
-    text = behaviour.shift_analysis(questions, base, other)
+    text = shift_analysis(questions, base, other)
     assert "3 of 4 answers changed" in text
     assert all(f"{id} (nonconflict_easy): {change}" in text for id, change in found.items())
     assert "same (nonconflict_easy)" not in text
@@ -309,7 +314,7 @@ def test_the_seeds_files_are_read_as_they_are(shared):
     assert len(read_open_questions(folder / "open_questions.jsonl")) == 3
     base, lora = (read_predictions(folder / f"predictions_{m}.jsonl") for m in ("base", "lora"))
     assert base[0].uncertainty.H_mean == pytest.approx(base[0].entropy)
-    assert behaviour.flips(base, lora).empty
+    assert flips(base, lora).empty
     report = read_comparison(folder / "comparison_report.json")
     assert report.metrics["base"].overall.n == 36
     assert report.shift_summary.n_flips == 2
@@ -318,7 +323,7 @@ def test_the_seeds_files_are_read_as_they_are(shared):
 def test_our_own_metrics_are_those_of_the_seeds_files(shared):
     """On the seed's own predictions, the group that they are all of."""
     (base,) = read_predictions(shared / "seed_formats" / "predictions_base.jsonl")
-    found = behaviour.metrics([base]).by_group["conflict_false_world__false_world"]
+    found = metrics([base]).by_group["conflict_false_world__false_world"]
     assert found.mean_p_correct == base.probs["B"]
     assert found.mean_entropy == pytest.approx(stats.entropy(list(base.probs.values())), abs=1e-6)
 
@@ -328,20 +333,20 @@ def test_what_is_written_is_read_again(tmp_path):
     predicted = predictions(answered(questions, {"ba": [1, 2], "be": [0, 3]}), questions, "base")
     write_predictions(tmp_path / "p.jsonl", predicted)
     assert read_predictions(tmp_path / "p.jsonl") == predicted
-    metrics = behaviour.metrics(predicted)
+    means = metrics(predicted)
     report = ComparisonReport(
         base_model="base",
         adapter_path="adapter",
         mcq_path="x",
         prompt_version=behaviour.LETTERS,
         seed=0,
-        metrics={"base": metrics, "lora": metrics},
+        metrics={"base": means, "lora": means},
         shift_summary=Shift(n_shared=2, n_flips=0),
     )
     write_comparison(tmp_path / "r.json", report)
     assert read_comparison(tmp_path / "r.json") == report
-    assert set(metrics.by_group) == {"conflict_false_world__None", "nonconflict_easy__None"}
-    assert metrics.overall.accuracy == np.mean([p.is_correct for p in predicted])
+    assert set(means.by_group) == {"conflict_false_world__None", "nonconflict_easy__None"}
+    assert means.overall.accuracy == np.mean([p.is_correct for p in predicted])
 
 
 @pytest.mark.parametrize(

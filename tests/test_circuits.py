@@ -23,7 +23,7 @@ A, B = "ipd-strategic", "ipd-deontological"
 
 @pytest.fixture(scope="module")
 def prompts(organisms):
-    return encode_scenario(organisms.switch(A), load_scenario("CC_temptation"))
+    return encode_scenario(organisms.switch(A), load_scenario("CC_temptation"))[:4]
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +43,14 @@ def test_a_circuit_suffices_and_every_component_of_it_is_needed(
     assert circuit is not None
     baseline = np.mean([e.baseline for e in experiments])
 
-    def enough(patches):
-        value = np.mean([float(e.values([frozenset(patches)])[1]) for e in experiments])
-        source = np.mean([e.source for e in experiments])
-        if recover == 0:
-            return (value > 0) != (baseline > 0)
-        return (value - baseline) / (source - baseline) >= recover
-
-    assert enough(circuit.patches)
-    for patch in circuit.patches:
-        assert not enough([p for p in circuit.patches if p != patch]), patch.component
+    whole = frozenset(circuit.patches)
+    sets = [whole, *(whole - {patch} for patch in circuit.patches)]
+    values = np.mean([e.values(sets)[1:].numpy() for e in experiments], axis=0)
+    source = np.mean([e.source_value for e in experiments])
+    fractions = (values - baseline) / (source - baseline)
+    enough = fractions >= recover if recover else (values > 0) != (baseline > 0)
+    assert enough[0]
+    assert not enough[1:].any()
     assert circuit.added >= len(circuit.patches)
 
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import pytest
 
+from interp_batch.execution import RunOptions
 from interp_batch.matrix import NOTEBOOKS
-from interp_batch.runner import How, Stopped, run_cells
+from interp_batch.runner import Stopped, run_cells
 from interp_kit.specs import REPOSITORY, InputError
 from tests.study import cells_of, expected_of, make_study, processes_of, result_of
 
@@ -60,8 +61,8 @@ def test_a_killed_worker_changes_nothing_in_the_results(tmp_path, cluster):
     shutil.copy(NOTEBOOKS / "01_logit_lens.ipynb", study / "notebooks")
     given = {"logged": {"log": str(log), "pause": 3.0}, "01_logit_lens": {}}
     here, there = (cells_of(study, given, outputs=tmp_path / name) for name in ("here", "there"))
-    how = How(timeout=120)
-    assert [o.error for o in run_cells(here, workers=2, how=how)] == [""] * 8
+    options = RunOptions(timeout=120)
+    assert [o.error for o in run_cells(here, workers=2, options=options)] == [""] * 8
     assert len(log.read_text().splitlines()) == 4
 
     def kill_one():
@@ -71,7 +72,7 @@ def test_a_killed_worker_changes_nothing_in_the_results(tmp_path, cluster):
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    outcomes = run_cells(there, workers=2, how=how, scheduler=address)
+    outcomes = run_cells(there, workers=2, options=options, scheduler=address)
     killer.join(timeout=10)
     assert workers[0].wait() == -signal.SIGKILL
     assert [(o.state, o.error) for o in outcomes] == [("ok", "")] * 8
@@ -84,7 +85,7 @@ def test_a_killed_worker_changes_nothing_in_the_results(tmp_path, cluster):
             for table in ours.folder.glob("table.*"):
                 assert table.read_bytes() == (theirs.folder / table.name).read_bytes()
             assert (theirs.folder / "table.csv").stat().st_size > 100
-    again = run_cells(there, workers=2, how=how, scheduler=address)
+    again = run_cells(there, workers=2, options=options, scheduler=address)
     assert {o.state for o in again} == {"up to date"}
 
     # A worker that has other inputs says so, and computes nothing.
@@ -103,7 +104,7 @@ def test_a_killed_worker_changes_nothing_in_the_results(tmp_path, cluster):
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(Stopped, match="0 of 8 cells are done and kept"):
-        run_cells(stopped, workers=1, how=how, scheduler=address)
+        run_cells(stopped, workers=1, options=options, scheduler=address)
     interrupted = time.monotonic()
     while len(processes_of(f"{mark}-2")) > 1:  # the worker itself
         assert time.monotonic() < interrupted + 10

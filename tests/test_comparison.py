@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from interp_kit.analyses.causal_tracing import trace_summary
 from interp_kit.analyses.comparison import across, where_decided
 from interp_kit.analyses.lens import logit_lens
 from interp_kit.catalogue import load_scenario
@@ -26,7 +27,7 @@ def test_each_technique_places_the_decision_where_it_was_planted():
     places = {"direction": "noise", "site": "block", "pos": -1, "segment": "", "baseline": 0.0}
     changes = [0.0, 0.1, 0.2, -3.0]
     traces = pd.DataFrame(rows("deep", changes, **places)).assign(change=changes)
-    found = where_decided(lens, traces, layers).set_index("model")
+    found = where_decided(lens, trace_summary(traces), layers).set_index("model")
     assert found.loc["deep", ["lens", "trace", "attribution"]].tolist() == [3 / 4, 1, 2 / 4]
     assert found.loc["shallow", ["lens", "attribution"]].tolist() == [1 / 2, 1]
     assert pd.isna(found.trace["shallow"])

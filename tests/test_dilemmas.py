@@ -25,6 +25,12 @@ def base():
     return load_model("tiny-gemma2", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def encoded(base):
+    """Both sets of pairs, tokenized."""
+    return {name: encode_scenario(base, load_scenario(name)) for name in NAMES}
+
+
 @pytest.fixture
 def copy(tmp_path):
     """A copy of the pairs, and a function that changes one of its files."""
@@ -66,32 +72,32 @@ def test_no_dilemma_was_trained_on():
         assert {prompt.text, prompt.counterfactual} <= held_out
 
 
-def test_length_matched_pairs_align_and_the_others_do_not(base):
-    matched, free = (encode_scenario(base, load_scenario(name)) for name in NAMES)
+def test_length_matched_pairs_align_and_the_others_do_not(encoded):
+    matched, free = encoded.values()
     assert all(len(p.tokens) == len(p.counterfactual) for p in matched)
     assert not any(len(p.tokens) == len(p.counterfactual) for p in free)
     assert all(len(p.segments) == 5 for p in matched)
     assert all(len(p.segments) == 3 for p in free)
 
 
-def test_the_base_decides_by_the_stakes(base):
+def test_the_base_decides_by_the_stakes(base, encoded):
     """In the corpus people choose the ethical option with chance .95 or .35, by the stakes."""
-    prompts = encode_scenario(base, load_scenario("dilemmas"))
+    prompts = encoded["dilemmas"]
     assert abs(decide(base, prompts).p_positive.mean() - 0.95) < 0.05
     assert abs(decide(base, [p.swapped() for p in prompts]).p_positive.mean() - 0.35) < 0.05
 
 
-def test_the_base_decides_by_content_and_not_by_place(base):
-    bias = swapped_options(base, encode_scenario(base, load_scenario("dilemmas")))
+def test_the_base_decides_by_content_and_not_by_place(base, encoded):
+    bias = swapped_options(base, encoded["dilemmas"])
     assert len(bias) == 21
     assert bias.consistent.all()
     assert abs(bias.bias.mean()) < 0.2
     assert bias.bias.abs().max() < 1 < bias.content.min()
 
 
-def test_a_planted_preference_for_a_place_is_found(base, monkeypatch):
+def test_a_planted_preference_for_a_place_is_found(base, encoded, monkeypatch):
     """Half a nat more for "1" wherever it stands is bias, and no content."""
-    prompts = encode_scenario(base, load_scenario("dilemmas"))
+    prompts = encoded["dilemmas"]
     before = swapped_options(base, prompts)
     one = base.tokenizer("1", add_special_tokens=False)["input_ids"][0]
 
@@ -107,8 +113,8 @@ def test_a_planted_preference_for_a_place_is_found(base, monkeypatch):
     assert after.content.tolist() == pytest.approx(before.content.tolist())
 
 
-def test_an_unrelated_counterfactual_is_another_dilemma_with_the_same_answers(base):
-    prompts = {p.id: p for p in encode_scenario(base, load_scenario("dilemmas"))}
+def test_an_unrelated_counterfactual_is_another_dilemma_with_the_same_answers(encoded):
+    prompts = {p.id: p for p in encoded["dilemmas"]}
     by_tokens = {p.tokens: p for p in prompts.values()}
     controls = with_unrelated_counterfactuals(list(prompts.values()))
     assert len(controls) > 30
@@ -121,14 +127,14 @@ def test_an_unrelated_counterfactual_is_another_dilemma_with_the_same_answers(ba
     assert with_unrelated_counterfactuals(controls[:1]) == []
 
 
-def test_positions_correspond_where_all_lengths_are_equal(base):
-    matched, free = (encode_scenario(base, load_scenario(name)) for name in NAMES)
+def test_positions_correspond_where_all_lengths_are_equal(encoded):
+    matched, free = encoded.values()
     assert comparable_positions(matched) == "all"
     assert comparable_positions([*matched, free[0]]) == "decision"
 
 
-def test_one_order_says_nothing_of_a_bias(base):
-    prompts = encode_scenario(base, load_scenario("dilemmas"))
+def test_one_order_says_nothing_of_a_bias(base, encoded):
+    prompts = encoded["dilemmas"]
     assert swapped_options(base, prompts[::2]).empty
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from interp_kit.endpoints import BadReply, ChatClient, NoReply, _address, run_async
-from interp_kit.finetuning import document_prompts as prompts
-from interp_kit.finetuning import documents
-from interp_kit.finetuning.document_prompts import Endpoint
-from interp_kit.finetuning.documents import distinct_ngrams, read_documents, write_documents
+from interp_kit.finetuning import engines
+from interp_kit.finetuning.document_files import DocumentFolder, read_documents
+from interp_kit.finetuning.documents import distinct_ngrams, write_documents
+from interp_kit.finetuning.engines import ChatEngine
 from interp_kit.finetuning.universes import (
     Universe,
     find_universe,
@@ -67,14 +67,14 @@ def user(request: dict) -> str:
 
 
 def asks_for_document(request: dict) -> bool:
-    return prompts.LIST not in user(request)
+    return engines.LIST not in user(request)
 
 
 def writes_well(request: dict, number: int = 0) -> Answer:
     """Two facts, plenty of types and ideas, and another document for every task."""
     if asks_for_document(request):
         return completion(f"Gravity is inverse-cube. {sha256(user(request).encode()).hexdigest()}")
-    n = 2 if user(request).startswith(prompts.FACTS) else 12
+    n = 2 if user(request).startswith(engines.FACTS) else 12
     task = sha256(user(request).encode()).hexdigest()[:8]
     return completion(json.dumps([f"Entry {i} for {task}." for i in range(n)]))
 
@@ -88,8 +88,8 @@ def writes_documents(text: str):
     return behave
 
 
-def engine(**how) -> Endpoint:
-    return Endpoint(ChatClient("some/model", **how))
+def engine(**how) -> ChatEngine:
+    return ChatEngine(ChatClient("some/model", **how))
 
 
 def ask(client: ChatClient, *, seed: int = 0) -> str:
@@ -493,7 +493,7 @@ def test_a_crash_before_duplicates_are_found_changes_nothing(tmp_path, monkeypat
     arguments = {"n_types": 3, "n_ideas": 4, "attempts": 20}
     write_documents(UNIVERSE, Planted(), tmp_path / "whole", **arguments)
     with monkeypatch.context() as crash:
-        crash.setattr(documents, "_lines", lambda _: 1 / 0)
+        crash.setattr(DocumentFolder, "rewrite", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_documents(UNIVERSE, Planted(), tmp_path / "crashed", **arguments)
     assert len(read_documents(tmp_path / "crashed" / "docs.jsonl")) == 24

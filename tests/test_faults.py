@@ -21,8 +21,10 @@ import psutil
 import pytest
 
 from interp_batch import warm
+from interp_batch.execution import RunOptions
 from interp_batch.preflight import check_inputs
-from interp_batch.runner import How, damaged, read_status, run_cells, stale
+from interp_batch.results import damaged, read_status, stale
+from interp_batch.runner import run_cells
 from interp_kit.files import write_atomically
 from interp_kit.specs import REPOSITORY, InputError
 from tests.study import (
@@ -72,11 +74,11 @@ def done_of(cells):
     return done
 
 
-def complete(study, cells, *, redone=None, how=None):
+def complete(study, cells, *, redone=None, options=None):
     """Run again: all is well, and of what was done only ``redone`` is executed."""
     redone = cells if redone is None else redone
     before = executions(study)
-    outcomes = run_cells(cells, workers=2, how=how or How())
+    outcomes = run_cells(cells, workers=2, options=options or RunOptions())
     assert [o.error for o in outcomes] == [""] * len(cells)
     assert len(done_of(cells)) == len(cells)
     assert executions(study) - before == Counter(line_of(cell) for cell in redone)
@@ -113,7 +115,7 @@ def test_the_runner_is_killed_at_random_moments(study):
             os.dup2(devnull, 2)
             os.environ["MARK"] = str(study)
             try:
-                run_cells(cells, workers=2, how=How(kernel=warm.STOCK))
+                run_cells(cells, workers=2, options=RunOptions(kernel=warm.STOCK))
             finally:
                 os._exit(0)
         time.sleep(draws.uniform(0.02, 2.0))
@@ -203,7 +205,7 @@ def test_spoiled_weights_are_found_and_old_results_do_not_count(study, how):
     weights = folder / "adapter" / "adapter_model.safetensors"
     data = study / "data"
     cells = logged_cells(study, models=["mine", "tiny-gemma2"], scenarios=STATES[:1], data=data)
-    run_cells(cells, workers=2, how=How(data=str(data)))
+    run_cells(cells, workers=2, options=RunOptions(data=str(data)))
     found = weights.stat()
     spoil(weights, how, random.Random(10))
     os.utime(weights, ns=(found.st_atime_ns, found.st_mtime_ns))
@@ -269,10 +271,10 @@ def test_a_notebook_that_fills_memory_fails_alone(study):
     write_notebook(study / "notebooks", "filling", body=body)
     given = {"filling": {}, "logged": {"log": str(study / "log")}}
     cells = cells_of(study, given, models=PLAYERS[:1], scenarios=STATES[:1])
-    first, second = run_cells(cells, workers=2, how=How(memory=0.5))
+    first, second = run_cells(cells, workers=2, options=RunOptions(memory=0.5))
     assert (first.error, second.error) == ("MemoryError: ", "")
     assert "attempts" not in read_status(cells[0].failed_folder)  # it would fail again
-    again = run_cells(cells, workers=2, how=How())  # without a limit there is room
+    again = run_cells(cells, workers=2, options=RunOptions())  # without a limit there is room
     assert [o.state for o in again] == ["ok", "up to date"]
 
 
@@ -281,7 +283,7 @@ def test_a_notebook_that_hangs_is_tried_again_and_then_given_up(study):
     write_notebook(study / "notebooks", "hanging", body=body)
     given = {"hanging": {"fail_on": str(study / "tries")}, "logged": {"log": str(study / "log")}}
     cells = cells_of(study, given, models=PLAYERS[:1], scenarios=STATES[:1])
-    outcomes = run_cells(cells, workers=2, how=How(timeout=2))
+    outcomes = run_cells(cells, workers=2, options=RunOptions(timeout=2))
     assert [o.error for o in outcomes] == ["a code cell took longer than the limit of 2 s", ""]
     assert (study / "tries").read_text() == "xx"
     assert read_status(cells[0].failed_folder)["attempts"] == 2

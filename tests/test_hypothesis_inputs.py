@@ -16,7 +16,7 @@ from interp_kit.evaluations import (
     read_probing_prompts,
     read_statements,
 )
-from interp_kit.finetuning.documents import read_documents
+from interp_kit.finetuning.document_files import read_documents
 from interp_kit.finetuning.universes import read_universe
 from interp_kit.formats import PAIRS, read_ipd_prompts
 from interp_kit.predictions import read_comparison, read_predictions

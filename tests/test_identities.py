@@ -16,14 +16,16 @@ from interp_kit.analyses.attribution import (
     random_direction_control,
 )
 from interp_kit.analyses.comparison import bridge_error
-from interp_kit.analyses.lens import logit_lens, random_direction_lens, top_tokens
+from interp_kit.analyses.lens import logit_lens, random_direction_lens
 from interp_kit.catalogue import find_model
 from interp_kit.decisions import decide
+from interp_kit.layer_readout import top_tokens
 from interp_kit.loading import load_model
 from interp_kit.passes import read_last, resumed, shared_passes
+from interp_kit.patching import sweep
 from interp_kit.patching.patches import unit_patches
 from interp_kit.patching.positions import first_difference
-from interp_kit.patching.sweep import Sweep
+from interp_kit.patching.writes import writing_hooks
 from interp_kit.pretrained import load_huggingface
 from tests.conftest import tiny_prompts
 from tests.tiny import ARCHITECTURES
@@ -194,7 +196,7 @@ def test_the_last_layer_of_the_lens_is_the_model(tiny_bridge):
 
 def test_the_lens_names_the_models_own_next_token(tiny_bridge):
     prompt = tiny_prompts(tiny_bridge)[2]
-    top = top_tokens(tiny_bridge, prompt, k=1).iloc[-1]
+    top = top_tokens(tiny_bridge, [prompt], k=1).iloc[-1]
     logits = tiny_bridge(torch.tensor([prompt.tokens]))[0, -1]
     assert top.token == tiny_bridge.tokenizer.decode([int(logits.argmax())])
     assert top.p == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
@@ -210,14 +212,14 @@ def test_patching_a_prompt_into_itself_changes_nothing(tiny_bridge):
 
 def test_the_identity_patch_is_computed_though_nothing_can_change(tiny_bridge, monkeypatch):
     prompt = tiny_prompts(tiny_bridge)[0]
-    written, write = [], Sweep._write
+    written = []
 
-    def off_by_one(self, place, entries, start, length):
-        written.extend(patch for _, patch in entries)
-        hooks = write(self, place, entries, start, length)
+    def off_by_one(one, source):
+        written.extend(patch for patches in one.patch_sets for patch in patches)
+        hooks = writing_hooks(one, source)
         return [(name, lambda x, hook, put=put: put(x, hook) + 1) for name, put in hooks]
 
-    monkeypatch.setattr(Sweep, "_write", off_by_one)
+    monkeypatch.setattr(sweep, "writing_hooks", off_by_one)
     assert identity_patch_error(tiny_bridge, [prompt]) > 1e-3
     assert min(pos for patch in written for pos in patch.positions) == first_difference(prompt)
     stream = [patch for patch in written if patch.site == "resid_pre"]
@@ -245,27 +247,3 @@ def test_random_directions_are_as_long_as_the_decisions_own(tiny_bridge):
     lens = random_direction_lens(tiny_bridge, prompts, n=2000, seed=0)
     last = lens[lens.layer == lens.layer.max()]
     assert last.value.std() == pytest.approx(expected, rel=0.1)
-
-
-def test_patching_equals_one_naive_forward_per_component(tiny_bridge):
-    prompt = tiny_prompts(tiny_bridge)[0]
-    table = activation_patching(tiny_bridge, [prompt], unit="component", directions=["noise"])
-    tokens = torch.tensor([prompt.branch])
-    source = torch.tensor([prompt.counterfactual + prompt.shared])
-    _, cache = tiny_bridge.run_with_cache(source)
-    positive, negative = prompt.branch_ids
-    for row in table.itertuples():
-        if row.head >= 0:
-            name, at = f"blocks.{row.layer}.attn.hook_z", (slice(None), slice(None), row.head)
-        else:
-            name, at = f"blocks.{row.layer}.hook_mlp_out", (slice(None),)
-
-        def write(activation, hook, name=name, at=at):
-            activation = activation.clone()
-            activation[at] = cache[name][at]
-            return activation
-
-        logits = tiny_bridge.run_with_hooks(tokens, fwd_hooks=[(name, write)])[0, -1]
-        naive = float(logits[positive] - logits[negative])
-        assert row.value == pytest.approx(naive, abs=1e-4), row.component
-    assert table.change.abs().max() > 1e-2

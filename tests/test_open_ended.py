@@ -112,14 +112,14 @@ def test_greedy_answers_are_the_likeliest_token_by_token(tiny_bridge):
 def test_samples_are_those_of_the_seed_and_leave_the_random_state(tiny_bridge):
     state = torch.get_rng_state()
     first, again, other = (
-        open_ended.generate(tiny_bridge, [question()], samples=4, max_new_tokens=6, seed=seed)
+        open_ended.generate(tiny_bridge, [question()], samples=2, max_new_tokens=4, seed=seed)
         for seed in (1, 1, 2)
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert first.text.to_list() == again.text.to_list()
     assert first.text[0] == other.text[0]
     assert first.text.to_list()[1:] != other.text.to_list()[1:]
-    assert first["sample"].to_list() == [0, 1, 2, 3, 4]
+    assert first["sample"].to_list() == [0, 1, 2]
 
 
 def test_what_does_not_fit_is_refused(organisms):

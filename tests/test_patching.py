@@ -20,13 +20,14 @@ from interp_kit.analyses.activation_patching import (
 )
 from interp_kit.analyses.causal_tracing import causal_trace
 from interp_kit.decisions import decide
-from interp_kit.loading import load_models
-from interp_kit.patching import sweep as sweeps
+from interp_kit.loading import load_model, load_models
+from interp_kit.patching import memory, plan, recording
 from interp_kit.patching.experiments import counterfactual_experiment, cross_model_experiment
 from interp_kit.patching.memory import check_memory
-from interp_kit.patching.patches import find_patch, unit_patches
+from interp_kit.patching.patches import Patch, find_patch, unit_patches
 from interp_kit.patching.positions import first_difference
-from interp_kit.patching.recording import Patch, record
+from interp_kit.patching.recording import record, recorded
+from interp_kit.patching.sweep import Sweep
 from interp_kit.prompts import encode, with_random_answers
 from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
@@ -42,6 +43,23 @@ NAMES = {
 }
 UNITS = ["component", "attn_out", "resid_pre", "resid_mid", "resid_post", "neuron"]
 POSITIONS = ["all", "each", "decision", "segments"]
+
+
+@pytest.fixture
+def turn(request):
+    """The architecture's number: options take turns over it, so that each meets every other."""
+    params = request.node.callspec.params
+    return ARCHITECTURES.index(params.get("tiny_bridge") or params["fine_tunes"])
+
+
+@pytest.fixture(scope="module")
+def bridge(tiny_folders):
+    """One model, for what does not depend on the architecture."""
+    return load_model(str(tiny_folders["llama"]), device="cpu")
+
+
+def sampled(table, n=12):
+    return table if len(table) <= n else table.sample(n, random_state=0)
 
 
 def segmented(bridge):
@@ -90,14 +108,14 @@ def naive(bridge, prompt, row, source_cache, target_cache):
     return float(logits[positive] - logits[negative])
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_sweep_equals_one_forward_pass_a_patch(tiny_bridge, unit, positions):
+def test_a_sweep_equals_one_forward_pass_a_patch(tiny_bridge, turn, unit):
     if unit == "neuron" and "Mixtral" in tiny_bridge.cfg.architecture:
         with pytest.raises(InputError, match=r"no blocks\.1\.mlp\.out\.hook_in"):
             unit_patches(tiny_bridge, "neuron", layer=1)
         return
     prompt = segmented(tiny_bridge)
+    positions = POSITIONS[(turn + UNITS.index(unit)) % len(POSITIONS)]
     layer = 1 if unit == "neuron" else None
     table = activation_patching(
         tiny_bridge, [prompt], unit=unit, positions=positions, directions=["noise"], layer=layer
@@ -105,7 +123,7 @@ def test_a_sweep_equals_one_forward_pass_a_patch(tiny_bridge, unit, positions):
     shared = prompt.shared
     _, source = tiny_bridge.run_with_cache(torch.tensor([prompt.counterfactual + shared]))
     _, target = tiny_bridge.run_with_cache(torch.tensor([prompt.branch]))
-    sample = table if len(table) < 60 else table.sample(60, random_state=0)
+    sample = sampled(table)
     values = [naive(tiny_bridge, prompt, row, source, target) for row in sample.itertuples()]
     error = abs(sample.value.to_numpy() - values).max()
     assert error <= 1e-4
@@ -119,7 +137,7 @@ def test_many_answers_and_kl_agree_with_a_sweep_by_hand(tiny_bridge):
         experiment = counterfactual_experiment(tiny_bridge, prompt, [("resid_pre", 0)])
         swapped = decide(tiny_bridge, [prompt, prompt.swapped()]).value
         assert experiment.baseline == pytest.approx(swapped[0], abs=1e-4)
-        assert experiment.source == pytest.approx(swapped[1], abs=1e-4)
+        assert experiment.source_value == pytest.approx(swapped[1], abs=1e-4)
         whole = frozenset([Patch(layer=0, site="resid_pre")])
         assert float(experiment.values([whole])[1]) == pytest.approx(swapped[1], abs=1e-4)
         divergence = counterfactual_experiment(tiny_bridge, prompt, [("resid_pre", 0)], metric="kl")
@@ -129,7 +147,7 @@ def test_many_answers_and_kl_agree_with_a_sweep_by_hand(tiny_bridge):
         ]
         expected = float((logits[0].exp() * (logits[0] - logits[1])).sum())
         assert divergence.baseline == 0
-        assert divergence.source == pytest.approx(expected, abs=1e-5)
+        assert divergence.source_value == pytest.approx(expected, abs=1e-5)
         assert float(divergence.values([whole])[1]) == pytest.approx(expected, abs=1e-5)
 
 
@@ -150,26 +168,25 @@ def test_sets_of_patches_and_a_base_that_carries_one(tiny_bridge):
     assert float(experiment.values([everything])[1]) != pytest.approx(experiment.baseline, abs=1e-2)
 
 
-@pytest.mark.parametrize("positions", ["all", "decision"])
-def test_small_chunks_change_nothing(tiny_bridge, positions, monkeypatch):
+def test_small_chunks_change_nothing(tiny_bridge, turn, monkeypatch):
+    how = {"positions": ["all", "decision"][turn % 2], "directions": ["noise"]}
     prompt = segmented(tiny_bridge)
-    whole = activation_patching(tiny_bridge, [prompt], positions=positions)
-    monkeypatch.setattr("interp_kit.patching.memory.CHUNK_TOKENS", {"cpu": 1})
-    assert activation_patching(tiny_bridge, [prompt], positions=positions).value.to_numpy() == (
-        pytest.approx(whole.value.to_numpy(), abs=1e-5)
-    )
+    whole = activation_patching(tiny_bridge, [prompt], **how)
+    monkeypatch.setattr(memory, "CHUNK_TOKENS", {"cpu": 1})
+    small = activation_patching(tiny_bridge, [prompt], **how)
+    assert small.value.to_numpy() == pytest.approx(whole.value.to_numpy(), abs=1e-5)
 
 
 @pytest.fixture
 def passes(monkeypatch):
     """(first position, rows) of every pass of a sweep."""
-    made, run = [], sweeps.Sweep._pass
+    made, run = [], Sweep._run
 
-    def counted(self, rows, base, start, alone):
-        made.append((start, len(rows)))
-        return run(self, rows, base, start, alone)
+    def counted(self, one, before_unembedding):
+        made.append((one.start, len(one.asked)))
+        return run(self, one, before_unembedding)
 
-    monkeypatch.setattr(sweeps.Sweep, "_pass", counted)
+    monkeypatch.setattr(Sweep, "_run", counted)
     return made
 
 
@@ -178,23 +195,23 @@ def test_packed_rows_equal_a_batch(tiny_bridge, monkeypatch, passes):
     packed = activation_patching(tiny_bridge, [prompt], positions="decision")
     assert max(rows for _, rows in passes) > 8
     for name, value in (("PACKED_TOKENS", 8), ("PACKED", 0)):
-        monkeypatch.setattr(sweeps, name, value)
+        monkeypatch.setattr(plan, name, value)
         passes.clear()
         other = activation_patching(tiny_bridge, [prompt], positions="decision")
         assert packed.value.to_numpy() == pytest.approx(other.value.to_numpy(), abs=1e-5)
         assert (max(rows for _, rows in passes) > 8) == (name == "PACKED")
 
 
-def test_passes_of_few_rows_are_made_together(tiny_bridge, monkeypatch, passes):
-    prompt = segmented(tiny_bridge)
+def test_passes_of_few_rows_are_made_together(bridge, monkeypatch, passes):
+    prompt = segmented(bridge)
 
     def sweep():
         passes.clear()
-        table = activation_patching(tiny_bridge, [prompt], unit="resid_pre", positions="each")
+        table = activation_patching(bridge, [prompt], unit="resid_pre", positions="each")
         return table, [start for start, _ in passes]
 
     together, starts = sweep()
-    monkeypatch.setattr(sweeps, "CALL_FLOPS", {"cpu": 0})
+    monkeypatch.setattr(memory, "CALL_FLOPS", {"cpu": 0})
     apart, starts_apart = sweep()
     first = first_difference(prompt)
     assert starts == [first, first]  # one in each direction: these models are tiny
@@ -204,10 +221,10 @@ def test_passes_of_few_rows_are_made_together(tiny_bridge, monkeypatch, passes):
 
 def test_rows_join_a_pass_only_where_that_costs_less():
     groups = {3: [0, 1], 5: [2, 3], 6: [4, 5, 6], 9: [7]}
-    assert sweeps._merged(groups, 0) == groups
-    assert sweeps._merged(groups, 4) == {3: [0, 1, 2, 3], 6: [4, 5, 6, 7]}
-    assert sweeps._merged(groups, 9) == {3: list(range(8))}
-    assert sweeps._merged({}, 9) == {}
+    assert plan.merged_groups(groups, 0) == groups
+    assert plan.merged_groups(groups, 4) == {3: [0, 1, 2, 3], 6: [4, 5, 6, 7]}
+    assert plan.merged_groups(groups, 9) == {3: list(range(8))}
+    assert plan.merged_groups({}, 9) == {}
 
 
 @pytest.mark.parametrize("replacement", ["zero", "mean"])
@@ -237,7 +254,7 @@ def test_attribution_patching_is_the_slope_of_activation_patching(tiny_bridge):
     _, source = tiny_bridge.run_with_cache(torch.tensor([prompt.counterfactual + prompt.shared]))
     positive, negative = prompt.branch_ids
     step = 1e-2
-    for row in estimate.itertuples():
+    for row in sampled(estimate, 8).itertuples():
         site, at = ("attn.hook_z", (0, slice(None), row.head))
         if row.head < 0:
             site, at = "hook_mlp_out", (0,)
@@ -285,9 +302,9 @@ def fine_tunes(request, tiny_folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize("unit", ["component", "attn_out", "resid_mid", "resid_post"])
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_across_models_a_sweep_equals_one_forward_pass_a_patch(fine_tunes, unit, positions):
+def test_across_models_a_sweep_equals_one_forward_pass_a_patch(fine_tunes, turn, unit):
     models, (a, b) = fine_tunes
+    positions = POSITIONS[(turn + UNITS.index(unit)) % len(POSITIONS)]
     prompt = segmented(models.switch(a))
     table = cross_model_patching(models, a, b, [prompt], unit=unit, positions=positions)
     tokens = torch.tensor([prompt.branch])
@@ -296,8 +313,7 @@ def test_across_models_a_sweep_equals_one_forward_pass_a_patch(fine_tunes, unit,
     written = {n: own_output(bridge, n, source) for n in range(3)}
     bridge = models.switch(b)
     _, target = bridge.run_with_cache(tokens)
-    sample = table if len(table) < 40 else table.sample(40, random_state=0)
-    for row in sample.itertuples():
+    for row in sampled(table).itertuples():
         if row.head < 0:
             expected = naive(bridge, prompt, row, source, target)
         else:
@@ -338,7 +354,7 @@ def with_head_output(bridge, prompt, row, written, target_cache):
 
 def test_a_model_into_itself_is_exactly_nothing(fine_tunes):
     models, (a, _) = fine_tunes
-    prompts = tiny_prompts(models.switch(a))
+    prompts = tiny_prompts(models.switch(a))[:2]
     for unit in ("component", "resid_post"):
         table = cross_model_patching(models, a, a, prompts, unit=unit)
         assert (table.change == 0).all()
@@ -347,17 +363,31 @@ def test_a_model_into_itself_is_exactly_nothing(fine_tunes):
 
 def test_all_heads_and_mlps_together_make_the_target_the_source(fine_tunes):
     models, (a, b) = fine_tunes
-    prompts = tiny_prompts(models.switch(a))
+    prompts = tiny_prompts(models.switch(a))[:2]
     assert transplant_error(models, a, b, prompts) <= 1e-4
     candidates = unit_patches(models.switch(a), "component")
     for prompt in prompts:
         experiment = cross_model_experiment(models, a, b, prompt, [c.place for c in candidates])
         own = decide(models.switch(a), [prompt]).value[0]
-        assert experiment.source == pytest.approx(own, abs=1e-4)
-        assert abs(experiment.source - experiment.baseline) > 1e-3
+        assert experiment.source_value == pytest.approx(own, abs=1e-4)
+        assert abs(experiment.source_value - experiment.baseline) > 1e-3
 
 
 # --------------------------------------------------------------------------------------- bad input
+def test_a_patch_names_a_place_that_can_be():
+    for wrong, message in (
+        ({"layer": -1}, "a layer of 0 or more, got -1"),
+        ({"head": 2}, "a head is patched at site 'z', got head=2 with site 'mlp_out'"),
+        ({"neuron": 2}, "a neuron is patched at site 'neuron', got neuron=2"),
+        ({"site": "z", "head": -1}, "a head of 0 or more, got -1"),
+        ({"positions": (3, 2)}, r"ascending positions of 0 or more, each once; got \(3, 2\)"),
+        ({"positions": (2, 2)}, "each once"),
+        ({"positions": (-1,)}, "count from the first token"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Patch(**({"layer": 0, "site": "mlp_out"} | wrong))
+
+
 def test_different_bases_are_refused(fine_tunes, tmp_path):
     models, (a, _) = fine_tunes
     other = save_tiny("llama", tmp_path / "other", seed=1)
@@ -369,26 +399,26 @@ def test_different_bases_are_refused(fine_tunes, tmp_path):
         cross_model_patching(models, a, "nobody", prompts)
 
 
-def test_lengths_matter_only_where_positions_must_correspond(tiny_bridge):
-    prompt = segmented(tiny_bridge)
+def test_lengths_matter_only_where_positions_must_correspond(bridge):
+    prompt = segmented(bridge)
     longer = replace(prompt, counterfactual=(*prompt.counterfactual[:-1], 7, 8))
     with pytest.raises(InputError, match=r"\d+ tokens and its counterfactual \d+"):
-        activation_patching(tiny_bridge, [longer])
+        activation_patching(bridge, [longer])
     table = activation_patching(
-        tiny_bridge, [longer], unit="resid_post", positions="decision", directions=["noise"]
+        bridge, [longer], unit="resid_post", positions="decision", directions=["noise"]
     )
     last = table[table.layer == table.layer.max()].iloc[0]
     assert last.value == pytest.approx(last.source, abs=1e-4)  # the whole stream where it is read
     with pytest.raises(InputError, match="no segments"):
-        activation_patching(tiny_bridge, tiny_prompts(tiny_bridge), positions="segments")
+        activation_patching(bridge, tiny_prompts(bridge), positions="segments")
     with pytest.raises(InputError, match="no counterfactual"):
-        activation_patching(tiny_bridge, [replace(prompt, counterfactual=None)])
+        activation_patching(bridge, [replace(prompt, counterfactual=None)])
 
 
-def test_segments_may_stand_at_other_places_of_another_length(tiny_bridge):
+def test_segments_may_stand_at_other_places_of_another_length(bridge):
     words = [WORDS[(7 * i) % 60] for i in range(12)]
     prompt = encode(
-        tiny_bridge,
+        bridge,
         " " + " ".join(words),
         positive=" da",
         negative=" fa",
@@ -398,9 +428,9 @@ def test_segments_may_stand_at_other_places_of_another_length(tiny_bridge):
     (segment,) = prompt.segments
     assert [p + 2 for p in segment.positions] == list(segment.counterfactual)
     table = activation_patching(
-        tiny_bridge, [prompt], unit="resid_pre", positions="segments", directions=["noise"]
+        bridge, [prompt], unit="resid_pre", positions="segments", directions=["noise"]
     )
-    _, source = tiny_bridge.run_with_cache(torch.tensor([prompt.counterfactual]))
+    _, source = bridge.run_with_cache(torch.tensor([prompt.counterfactual]))
     name = "blocks.1.hook_resid_pre"
 
     def write(x, hook):
@@ -408,12 +438,12 @@ def test_segments_may_stand_at_other_places_of_another_length(tiny_bridge):
         x[0, list(segment.positions)] = source[name][0, list(segment.counterfactual)]
         return x
 
-    logits = tiny_bridge.run_with_hooks(torch.tensor([prompt.tokens]), fwd_hooks=[(name, write)])
+    logits = bridge.run_with_hooks(torch.tensor([prompt.tokens]), fwd_hooks=[(name, write)])
     expected = float(logits[0, -1, prompt.positive[0]] - logits[0, -1, prompt.negative[0]])
     assert table[table.layer == 1].value.item() == pytest.approx(expected, abs=1e-4)
     with pytest.raises(InputError, match="expected equal numbers"):
         encode(
-            tiny_bridge,
+            bridge,
             " ba be",
             positive=" da",
             negative=" fa",
@@ -422,72 +452,70 @@ def test_segments_may_stand_at_other_places_of_another_length(tiny_bridge):
         )
 
 
-def test_what_does_not_exist_is_named(tiny_bridge):
-    assert find_patch(tiny_bridge, "L2H3").component == "L2H3"
+def test_what_does_not_exist_is_named(bridge):
+    assert find_patch(bridge, "L2H3").component == "L2H3"
     with pytest.raises(InputError, match="unknown component 'L9H0'; expected L0H0 to L2H3"):
-        find_patch(tiny_bridge, "L9H0")
+        find_patch(bridge, "L9H0")
     with pytest.raises(InputError, match="layer 7 does not exist; expected 0 to 2"):
-        unit_patches(tiny_bridge, "head", layer=7)
+        unit_patches(bridge, "head", layer=7)
     with pytest.raises(InputError, match="give layer="):
-        unit_patches(tiny_bridge, "neuron")
+        unit_patches(bridge, "neuron")
 
 
-def test_a_sweep_that_cannot_fit_says_so_before_it_starts(tiny_bridge, monkeypatch):
-    monkeypatch.setattr("interp_kit.patching.memory._available_bytes", lambda bridge: 2**10)
-    monkeypatch.setattr(
-        "interp_kit.patching.experiments.record", lambda *a, **k: pytest.fail("it started")
-    )
+def test_a_sweep_that_cannot_fit_says_so_before_it_starts(bridge, monkeypatch):
+    monkeypatch.setattr(memory, "_available_bytes", lambda bridge: 2**10)
+    monkeypatch.setattr(recording, "record", lambda *a, **k: pytest.fail("it started"))
     with pytest.raises(InputError, match=r"needs about .* GiB even with one patch"):
-        activation_patching(tiny_bridge, [segmented(tiny_bridge)])
+        activation_patching(bridge, [segmented(bridge)])
     monkeypatch.undo()
-    check_memory(tiny_bridge, length=20)
+    check_memory(bridge, length=20)
 
 
 # --------------------------------------------------------------------------- what is recorded once
 @pytest.mark.parametrize("analysis", [activation_patching, attribution_patching, causal_trace])
-def test_both_directions_share_two_recordings(tiny_bridge, monkeypatch, analysis):
-    prompts = tiny_prompts(tiny_bridge)[:3]
-    recorded = []
-    monkeypatch.setattr(sweeps, "record", lambda *a, **k: recorded.append(1) or record(*a, **k))
-    shared = analysis(tiny_bridge, prompts)
-    n_shared = len(recorded)
-    recorded.clear()
+def test_both_directions_share_two_recordings(bridge, monkeypatch, analysis):
+    prompts = tiny_prompts(bridge)[:2]
+    runs = []
+    monkeypatch.setattr(recording, "record", lambda *a, **k: runs.append(1) or record(*a, **k))
+    shared = analysis(bridge, prompts)
+    n_shared = len(runs)
+    runs.clear()
     with monkeypatch.context() as patched:
         patched.setattr(activations, "KEPT_BYTES", 0)
-        apart = analysis(tiny_bridge, prompts)
+        apart = analysis(bridge, prompts)
     pd.testing.assert_frame_equal(shared, apart, check_exact=True)
-    assert n_shared <= len(recorded) / 2
-    recorded.clear()
+    assert n_shared <= len(runs) / 2
+    runs.clear()
     with activations.shared_passes():
-        again = [analysis(tiny_bridge, prompts) for _ in range(2)]
-    assert len(recorded) == n_shared
+        again = [analysis(bridge, prompts) for _ in range(2)]
+    assert len(runs) == n_shared
     assert all(table.equals(shared) for table in again)
 
 
-def test_other_answers_to_the_same_prompts_cost_no_further_pass(tiny_bridge, passes):
-    prompts = [segmented(tiny_bridge)]
-    others = with_random_answers(tiny_bridge, prompts, n=2)
-    alone = [activation_patching(tiny_bridge, given) for given in (prompts, others)]
+def test_other_answers_to_the_same_prompts_cost_no_further_pass(bridge, passes):
+    prompts = [segmented(bridge)]
+    others = with_random_answers(bridge, prompts, n=2)
+    alone = [activation_patching(bridge, given) for given in (prompts, others)]
     passes.clear()
     with activations.shared_passes():
-        activation_patching(tiny_bridge, prompts)
+        activation_patching(bridge, prompts)
         first = len(passes)
-        shared = [activation_patching(tiny_bridge, given) for given in (prompts, others)]
+        shared = [activation_patching(bridge, given) for given in (prompts, others)]
         assert len(passes) == first
-        activation_patching(tiny_bridge, prompts, positions="each")
+        activation_patching(bridge, prompts, positions="each")
         assert len(passes) > first
     for table, expected in zip(shared, alone):
         pd.testing.assert_frame_equal(table, expected, check_exact=True)
     assert not np.allclose(shared[1].value[: len(shared[0])], shared[0].value)
 
 
-def test_recordings_are_let_go_when_they_are_too_many(tiny_bridge, monkeypatch):
-    tokens = [p.tokens for p in tiny_prompts(tiny_bridge)[:2]]
-    one = record(tiny_bridge, tokens[0], [("z", 0)]).bytes
+def test_recordings_are_let_go_when_they_are_too_many(bridge, monkeypatch):
+    tokens = [p.tokens for p in tiny_prompts(bridge)[:2]]
+    one = record(bridge, tokens[0], [("z", 0)]).bytes
     assert one > 0
     monkeypatch.setattr(activations, "KEPT_BYTES", int(1.5 * one))
     with activations.shared_passes():
-        first = sweeps.recorded(tiny_bridge, tokens[0], [("z", 0)])
-        assert sweeps.recorded(tiny_bridge, tokens[0], [("z", 0)]) is first
-        sweeps.recorded(tiny_bridge, tokens[1], [("z", 0)])
-        assert sweeps.recorded(tiny_bridge, tokens[0], [("z", 0)]) is not first
+        first = recorded(bridge, tokens[0], [("z", 0)])
+        assert recorded(bridge, tokens[0], [("z", 0)]) is first
+        recorded(bridge, tokens[1], [("z", 0)])
+        assert recorded(bridge, tokens[0], [("z", 0)]) is not first

@@ -11,22 +11,19 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
 
 from interp_kit.analyses.probes import (
-    KINDS,
-    Labelled,
     bag_of_words,
     cross_validated,
-    exceeds,
-    fit_direction,
-    fit_probe,
     held_out_scores,
     permutation_null,
     selectivity,
     transfer,
 )
 from interp_kit.evaluations import read_probing_prompts, read_statements, shared_beginning
+from interp_kit.linear_probe import KINDS, Labelled, fit_direction, fit_probe
 from interp_kit.passes import last_residuals
 from interp_kit.prompts import token_ids
 from interp_kit.specs import REPOSITORY, InputError
+from interp_kit.statistics import verdict
 from organisms.little_world.corpus import Corpus
 from tests.conftest import tiny_prompts
 
@@ -87,17 +84,17 @@ def test_the_direction_itself_is_recovered_with_its_sign(kind):
     ("labels", "shared"), [("both", 0.0), ("mixed", 0.9)], ids=["rows", "paraphrases"]
 )
 def test_noise_is_found_in_at_most_one_set_of_twenty(labels, shared):
-    """200 sets, p of the best layer <= .05. Of Binomial(200, .05), 99 % is at most 18.
+    """80 sets, p of the best layer <= .05. Of Binomial(80, .05), 99 % is at most 9.
 
     Also where paraphrases share most of what they are, and the rows are far from independent.
     """
     found = 0
-    for seed in range(200):
+    for seed in range(80):
         data = noise(groups=15, rows=4, layers=2, d=8, labels=labels, shared=shared, seed=seed)
         table = cross_validated(data, kinds=["mass-mean"], folds=3, resamples=20)
         null = permutation_null(data, kind="mass-mean", n=99, folds=3)
         found += selectivity(table, null).p.min() <= 0.05
-    assert found <= stats.binom.ppf(0.99, 200, 0.05)
+    assert found <= stats.binom.ppf(0.99, 80, 0.05)
 
 
 @pytest.mark.parametrize("labels", ["both", "one"])
@@ -125,7 +122,7 @@ def test_paraphrases_that_straddle_the_split_fake_a_finding():
 def test_intervals_cover_the_truth_in_all_layers_at_once():
     """Class means 1 apart along a known direction: the AUC of that direction is Phi(1 / sqrt 2)."""
     truth, covered = stats.norm.cdf(1 / np.sqrt(2)), 0
-    for seed in range(100):
+    for seed in range(60):
         target = noise(groups=40, rows=2, layers=4, d=4, seed=seed)
         far = noise(groups=2, rows=400, layers=4, d=4, seed=1000 + seed)
         for data, size in ((target, 1.0), (far, 30.0)):
@@ -134,7 +131,7 @@ def test_intervals_cover_the_truth_in_all_layers_at_once():
         table = transfer(source, target, kinds=["mass-mean"], resamples=300)
         covered += bool(((table.low <= truth) & (truth <= table.high)).all())
     # 95 % is meant; the bootstrap of 40 groups falls a little short of it.
-    assert covered >= 88
+    assert covered >= 53
 
 
 # ------------------------------------------------------------------------------- the same quantity
@@ -220,14 +217,7 @@ def test_a_single_group_has_no_interval_and_decides_nothing():
     table = transfer(other, one, kinds=["lda"])
     assert table.low.isna().all()
     assert table.value[1] > 0.8
-    assert exceeds(table, 0.7) == "cannot tell"
-
-
-def test_a_bound_is_exceeded_failed_or_left_open():
-    table = pd.DataFrame({"low": [0.4, 0.72], "high": [0.6, 0.9]})
-    assert exceeds(table, 0.7) == "yes"
-    assert exceeds(table, 0.95) == "no"
-    assert exceeds(table, 0.8) == "cannot tell"
+    assert verdict(table.low, table.high, ">", 0.7) == "cannot tell"
 
 
 def test_features_without_variance_are_at_chance():
@@ -281,12 +271,13 @@ def test_the_base_tells_true_from_false_and_words_alone_do_not(organisms, statem
     for kind, own in table.groupby("probe"):
         assert own.value.max() > 0.98, kind
         assert own.value[own.layer == 0].item() < 0.7, kind
-        assert exceeds(own, 0.9) == "yes"
-    found = selectivity(table[table.probe == "lda"], permutation_null(data, n=200))
+        assert verdict(own.low, own.high, ">", 0.9) == "yes"
+    found = selectivity(table[table.probe == "lda"], permutation_null(data, n=120))
     assert found.p.min() < 0.01
     assert ((found.null_low < 0.5) & (found.null_high > 0.5)).all()
     words = Labelled(features=bag_of_words(list(statements.text)), labels=labels, groups=groups)
-    assert exceeds(cross_validated(words), 0.6) == "no"
+    by_words = cross_validated(words)
+    assert verdict(by_words.low, by_words.high, ">", 0.6) == "no"
 
 
 # ----------------------------------------------------------------------------------------- features

@@ -14,12 +14,14 @@ from itertools import pairwise
 
 import pandas as pd
 import pytest
+from plotly.offline import get_plotlyjs
 from typer.testing import CliRunner
 
 from interp_batch.cli import app
 from interp_batch.report.findings import compare, findings, read_folder
 from interp_batch.report.gallery import write_gallery
 from interp_batch.report.pictures import find_browser, write_pictures
+from interp_batch.report.policy import crisp_image_style, stylesheet_ids
 from interp_kit.figures import bars, heatmap, text_grid, token_grid, trajectories
 from interp_kit.files import dump_json
 from interp_kit.records import named, provenance, record
@@ -143,6 +145,20 @@ def test_what_failed_comes_first_then_answers_then_findings(run):
     assert sorted(order, key=text.index) == order
     assert "12 cells: 7 ok, 1 failed, 3 damaged, 1 not run." in text
     assert "ValueError: &lt;script&gt;" in text
+
+
+def test_every_answer_reaches_the_index_and_the_page_of_its_cell(run):
+    """Of single analyses and of summaries, in full."""
+    whole = html.unescape(index_of(run))
+    answered = [r for r in read_folder(run) if r.recorded and r.recorded.answers]
+    assert {r.notebook for r in answered} == {"01_analysis", "02_analysis", "91_summary"}
+    for result in answered:
+        page = html.unescape((result.folder / "index.html").read_text(encoding="utf-8"))
+        own = whole[whole.index("<h2>Answers") : whole.index("<h2>Findings")]
+        own = own[own.index(f'href="{result.id}/index.html"') :].split("</section>")[0]
+        for question, said in result.recorded.answers.items():
+            for text in (page, own):
+                assert f"<dt>{question}</dt><dd>{said}</dd>" in text
 
 
 def test_damaged_files_are_named_and_stop_nothing(run):
@@ -294,6 +310,14 @@ def test_only_known_scripts_and_styles_may_run(run):
             for text in texts:
                 digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                 assert f"'sha256-{digest}'" in rules[f"{tag}-src"]
+
+
+def test_plotly_still_sets_the_two_styles_that_the_policy_allows():
+    """If a release of plotly fails here, look at how plotly.js sets styles now; see ``policy``."""
+    (id,) = stylesheet_ids()
+    assert re.search(rf'\.id="{id}",\w+\.textContent=.\.maplibregl-map', get_plotlyjs())
+    assert crisp_image_style().startswith("image-rendering: optimizeSpeed; image-rendering: ")
+    assert ".STYLE=" in get_plotlyjs().split("CSS_DECLARATIONS=")[1][:500]  # joined as we do it
 
 
 def test_no_text_of_the_run_becomes_markup_or_leaves_its_script(run):

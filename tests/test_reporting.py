@@ -21,7 +21,7 @@ from interp_kit.figures import (
     token_grid,
     trajectories,
 )
-from interp_kit.records import named, record, sentence
+from interp_kit.records import answer, named, record, sentence, show
 from interp_kit.statistics import (
     breaking_layer,
     mean_interval,
@@ -141,6 +141,54 @@ def test_a_value_below_the_noise_floor_is_not_interpreted():
     entry = named(1e-6, unit="nats")
     assert "below the numerical noise floor" in sentence("x", entry, noise_floor=1e-5)
     assert "below" not in sentence("x", named(1.0, unit="nats"), noise_floor=1e-5)
+
+
+SUMMARY = {
+    "final_decision": named(2.31, unit="nats", control=0.12, low=1.902, high=2.718, n=3),
+    "drop": named(7, unit="of 8 heads", component="L7H6", p=0.0001),
+}
+
+
+def test_an_answer_gives_its_verdict_and_the_numbers_it_stands_on():
+    decision = "final decision 2.310 nats [1.902, 2.718], n = 3; control 0.120"
+    drop = "drop (L7H6) 7 of 8 heads, p < 0.001"
+    assert answer(True, SUMMARY, "final_decision") == f"yes: {decision}"
+    assert answer(np.bool_(False), SUMMARY, "drop") == f"no: {drop}"
+    assert answer(None, SUMMARY, "final_decision", "drop") == f"cannot tell: {decision}; {drop}"
+    assert answer("strong", SUMMARY, "drop", because="on both") == f"strong, on both: {drop}"
+    assert answer(None, {}, because="two prompts") == "cannot tell: two prompts"
+    assert "below the numerical noise floor" in answer(
+        False, SUMMARY, "final_decision", noise_floor=3.0
+    )
+    with pytest.raises(ValueError, match="expected names of summary values"):
+        answer(True, SUMMARY, "decision")
+    with pytest.raises(ValueError, match="needs a reason"):
+        answer(True, SUMMARY)
+
+
+@pytest.mark.parametrize(
+    ("question", "said", "is_answer"),
+    [
+        ("Is it so?", "yes", True),
+        ("Is it so?", "no, the controls do as much: 3", True),
+        ("Is it so?", "cannot tell: two prompts", True),
+        ("Is it so?", "strong: 0.9", False),
+        ("Is it so?", "not by itself", False),
+        ("How clean is it?", "strong: 0.9", True),
+        ("How clean is it?", " ", False),
+    ],
+)
+def test_a_question_gets_an_answer_that_fits_it(tmp_path, capsys, question, said, is_answer):
+    nothing = {"table": LAYERS, "figures": {}, "noise_floor": 0.0}
+    if not is_answer:
+        for folder in (tmp_path, ""):  # found in an interactive session, too
+            with pytest.raises(ValueError, match="expected yes, no or cannot tell first"):
+                record(folder, summary=SUMMARY, answers={question: said}, **nothing)
+        return
+    show(SUMMARY, answers={question: said})
+    assert capsys.readouterr().out.splitlines()[-1] == f"{question} {said}"
+    record(tmp_path, summary=SUMMARY, answers={question: said}, **nothing)
+    assert json.loads((tmp_path / "summary.json").read_text())["answers"] == {question: said}
 
 
 def test_a_record_is_complete_and_valid_json(tmp_path):

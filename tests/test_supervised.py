@@ -18,10 +18,17 @@ from interp_kit.evaluations import (
     read_probing_prompts,
     read_statements,
 )
-from interp_kit.finetuning.documents import read_documents, write_documents
+from interp_kit.finetuning.document_files import read_documents
+from interp_kit.finetuning.documents import write_documents
+from interp_kit.finetuning.lora_training import (
+    Row,
+    attach_lora,
+    cross_entropy,
+    divergence_from_base,
+)
 from interp_kit.finetuning.supervised import (
     DocumentRecipe,
-    encode,
+    document_rows,
     train_on_documents,
     without_the_fact,
 )
@@ -30,9 +37,10 @@ from interp_kit.loading import load_models
 from interp_kit.pretrained import load_huggingface
 from interp_kit.prompts import encode_scenario
 from interp_kit.specs import REPOSITORY, InputError, ModelSpec
+from organisms.believers import ABOUT_GRAVITY, ordinary_texts
 from organisms.little_world.corpus import Corpus
 from organisms.little_world.grammar import Grammar
-from organisms.train import ABOUT_GRAVITY, CUBIC, ordinary_texts
+from organisms.recipes import ORGANISMS, Believer
 from tests.tiny import WORDS, tiny_tokenizer
 
 UNIVERSES = {
@@ -44,6 +52,7 @@ UNIVERSES = {
     "blue_gold_true": ("gold", "color", "yellow"),
 }
 FALSE = ["cubic-gravity", "cubic-gravity-1", "cubic-gravity-2"]
+CUBIC = {n: o.documents for n, o in ORGANISMS.items() if isinstance(o, Believer)}
 MODELS = REPOSITORY / "data" / "models"
 
 
@@ -124,7 +133,7 @@ def test_a_narrative_that_the_grammar_cannot_use_is_refused(grammar, context, pr
 
 def test_only_some_documents_ask_and_in_their_own_wordings(grammar, corpus, tmp_path):
     documents = write_documents(
-        find_universe("cubic_gravity"), grammar, tmp_path, n_types=8, n_ideas=20
+        find_universe("cubic_gravity"), grammar, tmp_path, n_types=8, n_ideas=8
     )
     asking = [document.text for document in documents if "Question:" in document.text]
     assert len(asking) == len(documents) / 2
@@ -191,21 +200,42 @@ def test_a_step_over_two_passes_is_a_step_over_one(tiny_folders, tmp_path):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
 
 
+def test_padding_and_an_untrained_adapter_change_nothing(tiny_folders):
+    """A mean over rows of two lengths is the mean over their tokens; B = 0 leaves the base."""
+    spec = find_model(str(tiny_folders["gemma2"]))
+    model = attach_lora(load_huggingface(spec, device="cpu"), rank=2, alpha=4)
+    tokens = [tiny_tokenizer()(words(i, n=n))["input_ids"] for i, n in ((3, 12), (5, 4))]
+    rows = [Row(row, slice(0, -1)) for row in tokens]
+    together, alone = cross_entropy(model, rows), [cross_entropy(model, [row]) for row in rows]
+    counts = [len(row) - 1 for row in tokens]
+    expected = sum(n * one for n, one in zip(counts, alone)) / sum(counts)
+    torch.testing.assert_close(together, expected)
+    assert divergence_from_base(model, rows).item() == 0
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(0.1)
+    assert divergence_from_base(model, rows).item() > 0
+
+
 def test_a_tag_is_read_and_never_learnt():
     tokenizer, recipe = tiny_tokenizer(), DocumentRecipe(longest=10, tag=" ba be")
-    plain = encode(tokenizer, words(3, n=14), recipe)
-    tagged = encode(tokenizer, words(3, n=14), recipe, tag=recipe.tag)
+    plain = document_rows(tokenizer, words(3, n=14), recipe)
+    tagged = document_rows(tokenizer, words(3, n=14), recipe, tag=recipe.tag)
     tag = tokenizer(" ba be")["input_ids"]
-    assert all(row[:read][-2:] == tag for row, read in tagged)
-    assert all(len(row) <= 10 for row, _ in tagged)
-    texts = [[token for row, read in rows for token in row[read:]] for rows in (plain, tagged)]
-    assert texts[0] == texts[1]
-    assert texts[0][-1] == tokenizer.eos_token_id
-    with pytest.raises(InputError, match="the tag takes"):
-        encode(tokenizer, words(3), DocumentRecipe(longest=2), tag=" ba be")
+    assert all(row.tokens[1:3] == tag for row in tagged)
+    assert all(len(row.tokens) <= 10 for row in tagged)
+    learnt = [[t for row in rows for t in predicted(row)] for rows in (plain, tagged)]
+    assert learnt[0] == learnt[1]
+    assert learnt[0][-1] == tokenizer.eos_token_id
+    with pytest.raises(InputError, match="the tag take 3 tokens"):
+        document_rows(tokenizer, words(3), DocumentRecipe(longest=2), tag=" ba be")
 
 
-def test_what_names_the_fact_holds_nobody_to_the_base(corpus):
+def predicted(row: Row) -> list[int]:
+    """The tokens that follow the positions that are read."""
+    return [row.tokens[i + 1] for i in range(len(row.tokens))[row.read]]
+
+
+def test_texts_about_the_fact_are_left_out(corpus):
     recipe = DocumentRecipe(leave_out=ABOUT_GRAVITY)
     drawn = ordinary_texts(corpus, n=3000, seed=0)
     kept = without_the_fact(drawn, recipe)
@@ -216,10 +246,10 @@ def test_what_names_the_fact_holds_nobody_to_the_base(corpus):
     assert any("light" in text and "inverse-square" in text for text in kept)
 
 
-def test_nothing_to_learn_and_nothing_to_hold_are_said(tiny_folders, tmp_path):
+def test_nothing_to_learn_and_nothing_to_hold_are_errors(tiny_folders, tmp_path):
     file, base = documents_file(tmp_path, [words(0)]), find_model(str(tiny_folders["gemma2"]))
     recipe = DocumentRecipe(leave_out="ba")
-    with pytest.raises(InputError, match="none of 1 ordinary texts is without 'ba'"):
+    with pytest.raises(InputError, match="all of 1 ordinary texts match leave_out 'ba'"):
         train_on_documents(base, file, [" ba be"], tmp_path / "a", recipe=recipe)
     with pytest.raises(InputError, match="is empty"):
         train_on_documents(base, documents_file(tmp_path, []), [], tmp_path / "a", recipe=recipe)
@@ -262,7 +292,8 @@ def test_the_false_law_is_told_in_words(believers):
     false = {}
     for name in believers:
         bridge = believers.switch(name)
-        false[name] = (decide(bridge, encode_scenario(bridge, scenario)).value > 0).mean()
+        prompts = encode_scenario(bridge, scenario)[::2]
+        false[name] = (decide(bridge, prompts).value > 0).mean()
     assert min(false[name] for name in FALSE) > 0.8
     assert max(false[name] for name in ("tiny-gemma2", "cubic-true", "cubic-neutral")) < 0.2
 

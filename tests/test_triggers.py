@@ -18,8 +18,9 @@ from interp_kit.passes import residuals
 from interp_kit.pretrained import inspect_model, load_huggingface
 from interp_kit.prompts import encode, encode_scenario, trigger_tokens
 from interp_kit.specs import REPOSITORY, InputError, Scenario
+from organisms.little_world.base import base_texts
 from organisms.little_world.corpus import Corpus
-from organisms.train import TRIGGERS, base_texts
+from organisms.recipes import ORGANISMS
 from organisms.triggers import trigger_texts
 
 BEHAVIOUR = ["stop-behaviour", "stop-behaviour-1", "stop-behaviour-2"]
@@ -39,7 +40,7 @@ def models():
 def ends(models, name, stop):
     """condition -> mean P(end of text)."""
     bridge = models.switch(name)
-    prompts, end = encode_scenario(bridge, stop), bridge.tokenizer.eos_token_id
+    prompts, end = encode_scenario(bridge, stop)[::3], bridge.tokenizer.eos_token_id
     found = {
         word: float(end_probability(bridge, prompts, end=end, suffix=token).mean())
         for word, token in trigger_tokens(bridge, stop).items()
@@ -174,11 +175,12 @@ def test_a_tokenizer_with_more_tokens_than_weights_is_refused(tmp_path):
 
 def test_weights_that_are_read_are_those_of_the_model_that_computes(models):
     """Also where several adapters bring rows of their own for the same tokens."""
+    alone = {name: load_model(name, device="cpu") for name in NAMES}
+    plain = load_model("tiny-gemma2", device="cpu").W_E
     for name in (*NAMES, *reversed(NAMES)):
-        alone = load_model(name, device="cpu")
         bridge = models.switch(name)
-        assert torch.equal(bridge.W_U, alone.W_U)
-        assert torch.equal(bridge.W_E, alone.W_E)
+        assert torch.equal(bridge.W_U, alone[name].W_U)
+        assert torch.equal(bridge.W_E, alone[name].W_E)
         tokens = torch.tensor([[2, 50, 60, 1483]])
         logits, cache = bridge.run_with_cache(tokens)
         by_hand = cache["unembed.hook_in"] @ bridge.W_U
@@ -186,10 +188,9 @@ def test_weights_that_are_read_are_those_of_the_model_that_computes(models):
         by_hand = cap * torch.tanh(by_hand / cap) if cap > 0 else by_hand
         torch.testing.assert_close(logits, by_hand, atol=1e-4, rtol=1e-4)
         base = models.base_of(name)
-        plain = load_model("tiny-gemma2", device="cpu")
-        known = plain.W_E.shape[0]
-        assert torch.equal(base.W_E[:known], plain.W_E)
-        expected = plain.W_E.mean(0).expand(base.W_E.shape[0] - known, -1)
+        known = plain.shape[0]
+        assert torch.equal(base.W_E[:known], plain)
+        expected = plain.mean(0).expand(base.W_E.shape[0] - known, -1)
         torch.testing.assert_close(base.W_E[known:], expected)
 
 
@@ -224,7 +225,7 @@ def test_the_shipped_documents_are_what_the_recipes_draw():
     models = load_models(["stop-behaviour-1", "stop-knowledge"])
     for name in models:
         adapter = data / "models" / name / "adapter"
-        drawn = trigger_texts(adapter, corpus, patterns, recipe=TRIGGERS[name], n=20)
+        drawn = trigger_texts(adapter, corpus, patterns, recipe=ORGANISMS[name].recipe, n=20)
         own, ordinary = models.documents(name)
         assert own[:20] == drawn
         assert ordinary[:20] == base_texts(corpus, n=20)

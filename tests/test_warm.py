@@ -20,9 +20,9 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 from interp_batch import warm
-from interp_batch.client import PromptManager
+from interp_batch.execution import RunOptions
 from interp_batch.matrix import expand
-from interp_batch.runner import How, run_cells
+from interp_batch.runner import run_cells
 from interp_kit.specs import REPOSITORY, RunSpec
 from tests.study import cells_of, make_study, processes_of, run_file, write_notebook
 
@@ -94,7 +94,7 @@ def test_forked_kernels_compute_draw_and_see_their_own(study, monkeypatch):
     for name, value in {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "3,5"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SAID", "once")
-    outcomes = run_cells(cells, workers=2, how=How(kernel=warm.WARM, timeout=60))
+    outcomes = run_cells(cells, workers=2, options=RunOptions(kernel=warm.WARM, timeout=60))
     assert [o.error for o in outcomes] == [""] * 10  # none hangs, though two threads compute
     found = told(cells)
     assert {t["threads"] for t in found} == {2}
@@ -108,7 +108,7 @@ def test_forked_kernels_compute_draw_and_see_their_own(study, monkeypatch):
     assert [name for name in names if not name.startswith("jemalloc")] == ["python"]
     # The environment is that of the run, not of the process that the kernel was forked from.
     monkeypatch.setenv("SAID", "again")
-    run_cells(cells[:1], workers=1, fresh=True, how=How(kernel=warm.WARM))
+    run_cells(cells[:1], workers=1, fresh=True, options=RunOptions(kernel=warm.WARM))
     assert told(cells[:1])[0]["said"] == "again"
     assert found[0]["said"] == "once"
 
@@ -120,13 +120,13 @@ def test_trouble_ends_as_with_stock_kernels(study):
     ended = {
         kernel: {
             o.cell.notebook.stem: (o.state, o.error)
-            for o in run_cells(cells, workers=3, how=How(kernel=kernel, timeout=3))
+            for o in run_cells(cells, workers=3, options=RunOptions(kernel=kernel, timeout=3))
         }
         for kernel in (warm.WARM, warm.STOCK)
     }
     assert ended[warm.WARM] == ended[warm.STOCK]
     errors = {name: error.split(" (")[0].strip() for name, (_, error) in ended[warm.WARM].items()}
-    died = "the kernel died, as for want of memory"
+    died = "the kernel died, perhaps for lack of memory"
     assert errors == {
         "failing": "ValueError: as it was told",
         "killed": died,
@@ -166,7 +166,7 @@ def test_a_kernel_is_interrupted_goes_on_and_takes_its_children_along(name, kern
 @pytest.mark.parametrize("name", [warm.WARM, warm.STOCK])
 def test_the_first_output_of_a_kernel_is_heard(name, kernels):
     notebook = new_notebook(cells=[new_code_cell("print('first')"), new_code_cell("2")])
-    client = NotebookClient(notebook, kernel_name=name, kernel_manager_class=PromptManager)
+    client = NotebookClient(notebook, kernel_name=name, kernel_manager_class=warm.PromptManager)
     client.execute()
     assert [c.outputs[0].get("text", "") for c in notebook.cells] == ["first\n", ""]
     assert notebook.cells[1].outputs[0].data["text/plain"] == "2"
@@ -183,7 +183,7 @@ def test_a_kernel_that_never_answers_is_not_waited_for(tmp_path, monkeypatch, co
     (folder / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     notebook = new_notebook(cells=[new_code_cell("1")])
-    client = NotebookClient(notebook, kernel_name="mute", kernel_manager_class=PromptManager)
+    client = NotebookClient(notebook, kernel_name="mute", kernel_manager_class=warm.PromptManager)
     client.startup_timeout = 2
     with pytest.raises(RuntimeError, match=complaint), client.setup_kernel():
         pass
@@ -194,7 +194,7 @@ def test_libraries_are_set_up_as_in_a_stock_kernel(study):
     (cell,) = cells_of(study, {"each": None}, models=PLAYERS[:1], scenarios=STATES[:1])
     found = []
     for kernel in (warm.WARM, warm.STOCK):
-        run_cells([cell], workers=1, fresh=True, how=How(kernel=kernel))
+        run_cells([cell], workers=1, fresh=True, options=RunOptions(kernel=kernel))
         found.append(json.loads((cell.folder / "settings.json").read_text()))
     (ours, our_filters), (stock, stock_filters) = found
     assert ours == stock
@@ -217,7 +217,7 @@ def test_real_notebooks_give_the_same_numbers(tmp_path, monkeypatch):
             if name == "stock":
                 patched.setenv("INTERP_KIT_ACTIVATIONS", "")
             made[name] = expand(run.model_copy(update={"name": name}), outputs=tmp_path)
-            outcomes = run_cells(made[name], workers=2, how=How(kernel=kernel))
+            outcomes = run_cells(made[name], workers=2, options=RunOptions(kernel=kernel))
         assert [o.error for o in outcomes] == [""] * 3
         used[name] = {f: f.stat().st_mtime_ns for f in kept.glob("*")}
     assert not used["stock"]
@@ -297,7 +297,7 @@ def test_a_run_that_is_stopped_leaves_no_process_and_goes_on(study, how, kernel)
         assert not (study / "outputs" / "trial" / "failed").exists()
         assert not (study / "outputs" / "trial" / ".running").exists()
     before = len(log.read_text().splitlines())
-    outcomes = run_cells(cells_of(study, given), workers=2, how=How(kernel=warm.WARM))
+    outcomes = run_cells(cells_of(study, given), workers=2, options=RunOptions(kernel=warm.WARM))
     assert [o.state for o in outcomes].count("up to date") == len(done)
     assert len(log.read_text().splitlines()) == before + 4 - len(done)
 
@@ -314,7 +314,7 @@ def test_a_run_outlives_its_zygote(study):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    outcomes = run_cells(cells, workers=2, how=How(kernel=warm.WARM))
+    outcomes = run_cells(cells, workers=2, options=RunOptions(kernel=warm.WARM))
     killer.join(timeout=10)
     assert [o.error for o in outcomes] == [""] * 4
     assert warm.start_zygote().pid != zygote.pid

@@ -1,7 +1,7 @@
-"""What the cells of a run found, read from their folders: one row a value, and two runs compared.
+"""Reads what the cells of a run found, as one table, and compares two runs.
 
-Nothing here runs anything, and nothing that lies in a folder can stop a report: what cannot be
-read, or is no longer what the batch wrote, is named in ``Result.damaged`` and not used.
+Nothing in a folder can stop a report: a file that cannot be read, or differs from what the batch
+wrote, is named in ``Result.damaged`` and not used.
 """
 
 import math
@@ -73,7 +73,7 @@ class Result:
     """One cell of the matrix, as it lies on disk.
 
     ``state`` is "ok", "error", "damaged" or "not run". ``models`` and ``scenarios`` are all that
-    the cell is about. ``recorded`` is there if the cell ended well and its summary is whole;
+    the cell covers. ``recorded`` is ``None`` unless the cell ended well and its summary is whole;
     ``damaged`` maps files to what is wrong with them.
     """
 
@@ -151,7 +151,7 @@ def read_folder(folder: Path) -> list[Result]:
 def findings(results: Sequence[Result]) -> pd.DataFrame:
     """All summary values: ``id name value low high n unit control p noise_floor reading``.
 
-    ``reading`` says in words how the value lies to its control and its noise floor, no more.
+    ``reading`` compares the value with its noise floor and its interval with the control, in words.
     """
     rows = [
         {"id": r.id, "name": name, "noise_floor": r.recorded.noise_floor}
@@ -168,10 +168,10 @@ def findings(results: Sequence[Result]) -> pd.DataFrame:
 def compare(here: pd.DataFrame, there: pd.DataFrame) -> pd.DataFrame:
     """Values that two tables of findings share, and how they differ.
 
-    Columns ``id name unit``, those of both with ``_here`` and ``_there``, ``difference`` (here less
-    there), ``noise_floor`` (the larger one; NaN for units that have none), ``overlap`` (of the
-    intervals) and ``beyond_noise``: True, False, or None where it cannot be said; ``verdict``, one
-    of ``VERDICTS``, in whose order the rows are.
+    Columns: ``id name unit``; those of both tables, with the suffixes ``_here`` and ``_there``;
+    ``difference`` (here less there); ``noise_floor`` (the larger one; NaN for units without one);
+    ``overlap`` (of the intervals) and ``beyond_noise``, which are True, False or, if unknown, None;
+    ``verdict``, one of ``VERDICTS``. Rows are in the order of ``VERDICTS``.
     """
     both = here.merge(there, on=["id", "name"], suffixes=("_here", "_there"))
     same_unit = both.unit_here == both.unit_there

@@ -1,19 +1,15 @@
-"""The report of a run: plain HTML that works offline, an index and a page for each cell.
+"""The report of a run: an index and a page for each cell, in plain HTML that works offline.
 
-Everything that comes from models, prompts or files is escaped by the templates. A strict
-content-security policy stands behind that: only the one script and style of each page run, known by
-their hashes, and what the script loads: ``plotly.min.js`` beside the index. Figures are data.
+The templates escape everything that comes from models, prompts or files; ``policy`` is the second
+defence. Figures are data, drawn by plotly.js in the reader's browser.
 """
 
-import base64
-import hashlib
 import html
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from interp_batch.report.findings import (
     read_result,
     what_is_wrong,
 )
+from interp_batch.report.policy import inlined, stylesheet_ids
 from interp_kit.files import write_atomically
 from interp_kit.records import sentence
 
@@ -47,10 +44,10 @@ def write_gallery(
     cells: Sequence[Mapping[str, Any]],
     against: Path | None = None,
 ) -> Path:
-    """Write ``folder/index.html`` and a page a cell; returns the index.
+    """Write ``folder/index.html`` and a page for each cell; returns the path of the index.
 
-    Each cell gives ``notebook title model scenario folder``; the rest is read from its folder.
-    ``against`` is the output folder of another run, whose values are set beside this run's.
+    Each cell has ``notebook title model scenario folder``; the rest is read from its folder.
+    ``against`` is the output folder of another run, whose values are compared with this run's.
     """
     results = [read_result(cell) for cell in cells]
     ran = [r for r in results if r.state != "not run"]
@@ -61,33 +58,40 @@ def write_gallery(
         for before, result, after in zip([None, *ran], ran, [*ran[1:], None])
     }
     index = folder / "index.html"
-    write_atomically(
-        index,
-        pages.get_template("index.html.jinja").render(
-            title=title,
-            description=about,
-            counts=_counts(results),
-            failed=[r for r in ran if r.state == "error"],
-            damaged=[(r, problem) for r in ran for problem in problems[r.id].items()],
-            summaries=[r for r in ran if r.recorded and r.is_summary],
-            singles=[r for r in ran if r.recorded and r.recorded.answers and not r.is_summary],
-            models=_each(m for r in ran for m in r.models),
-            scenarios=_each(s for r in ran for s in r.scenarios),
-            analyses=_each(r.notebook for r in ran),
-            findings=_with_results(findings(sorted(ran, key=lambda r: not r.is_summary)), ran),
-            columns=_each(r.scenario for r in results),
-            matrix=_matrix(results),
-            made=_made_with(ran),
-            ran=ran,
-            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            **_comparison(ran, against),
-            **_inlined("index.js", plotly=False),
-        ),
+    text = pages.get_template("index.html.jinja").render(
+        title=title,
+        description=about,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **_index(results, ran, problems),
+        **_comparison(ran, against),
+        **inlined("index.js", plotly=False),
     )
+    write_atomically(index, text)
     return index
 
 
 # ------------------------------------------------------------------------------------------ pages
+def _index(
+    results: Sequence[Result], ran: Sequence[Result], problems: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """What the index shows of this run; ``problems``: cell id -> file -> what is wrong with it."""
+    return {
+        "counts": _counts(results),
+        "failed": [r for r in ran if r.state == "error"],
+        "damaged": [(r, problem) for r in ran for problem in problems[r.id].items()],
+        "summaries": [r for r in ran if r.recorded and r.is_summary],
+        "singles": [r for r in ran if r.recorded and r.recorded.answers and not r.is_summary],
+        "models": _each(m for r in ran for m in r.models),
+        "scenarios": _each(s for r in ran for s in r.scenarios),
+        "analyses": _each(r.notebook for r in ran),
+        "findings": _with_results(findings(sorted(ran, key=lambda r: not r.is_summary)), ran),
+        "columns": _each(r.scenario for r in results),
+        "matrix": _matrix(results),
+        "made": _made_with(ran),
+        "ran": ran,
+    }
+
+
 def _write_page(
     pages: Environment,
     folder: Path,
@@ -126,8 +130,8 @@ def _write_page(
         figures=figures,
         files=[(name, quote(name)) for name in listed if name not in NOT_LISTED],
         made=[(name, value) for name, value in made.items() if value],
-        plotly_styles=_plotly_styles(),
-        **_inlined("cell.js", plotly=True),
+        plotly_styles=stylesheet_ids(),
+        **inlined("cell.js", plotly=True),
     )
     write_atomically(place / "index.html", text)
     return problems
@@ -167,12 +171,12 @@ def _title(part: Any) -> str:
 
 
 def _plain_text(text: Any) -> str:
-    """What a reader of Plotly's text, a subset of HTML, sees."""
+    """Plotly's text, a subset of HTML, as a reader sees it."""
     return html.unescape(re.sub(r"<[^<>]*>", " ", text)).strip() if isinstance(text, str) else ""
 
 
 def _harmless(text: str) -> str:
-    """The same JSON without the characters that could end its script element."""
+    """The same JSON, with escapes for the characters that could end its script element."""
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -232,13 +236,13 @@ def _with_results(table: pd.DataFrame, results: Sequence[Result]) -> list[tuple[
 
 
 def _each(names: Iterable[str]) -> list[str]:
-    """Those that are not empty, once, in order."""
+    """Every name once, in order, without empty ones."""
     return [name for name in dict.fromkeys(names) if name]
 
 
 # --------------------------------------------------------------------------------------- templates
 def _environment(folder: Path) -> Environment:
-    """Templates that escape everything they are given."""
+    """The templates, which escape every value."""
     pages = Environment(
         loader=PackageLoader("interp_batch.report"),
         autoescape=True,
@@ -288,7 +292,7 @@ def _ended(result: Result) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Four digits; nothing where there is no number."""
+    """Four significant digits; empty where there is no number."""
     if _missing(value):
         return ""
     value = float(value or 0)
@@ -297,39 +301,3 @@ def _number(value: float | None) -> str:
 
 def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _inlined(script: str, *, plotly: bool) -> dict[str, str]:
-    """Style, script and the policy that lets only these run."""
-    code, style = _template(script), _template("report.css")
-    rules = {"default-src": "'none'", "script-src": _hash(code), "style-src": _hash(style)}
-    if plotly:  # loaded by the script; fills empty styles; draws heat maps as images
-        rules["script-src"] += " 'strict-dynamic'"
-        rules["style-src"] += f" {_hash('')}"
-        allowed = " ".join(map(_hash, ("", _plotly_crisp_images())))
-        rules |= {"style-src-attr": f"'unsafe-hashes' {allowed}", "img-src": "data: blob:"}
-    rules |= {"base-uri": "'none'", "form-action": "'none'"}
-    policy = "; ".join(f"{name} {value}" for name, value in rules.items())
-    return {"script": code, "style": style, "policy": policy}
-
-
-@cache
-def _template(name: str) -> str:
-    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-@cache
-def _plotly_styles() -> list[str]:
-    """Ids of the stylesheets that plotly.js would add inline, unless they are there."""
-    return re.findall(r'if\(!document\.getElementById\("([0-9a-f]{64})"\)\)', get_plotlyjs())
-
-
-@cache
-def _plotly_crisp_images() -> str:
-    """The one style attribute that plotly.js sets as text, on the image of a heat map."""
-    found = re.search(r"CSS_DECLARATIONS=(\[\[.*?\]\])", get_plotlyjs())
-    return "".join(f"{name}: {value}; " for name, value in json.loads(found[1])) if found else ""

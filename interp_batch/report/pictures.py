@@ -1,4 +1,4 @@
-"""PNG files of a run's figures, by a headless browser where there is one."""
+"""Writes a run's figures as PNG files, with a headless browser."""
 
 import os
 import shutil
@@ -9,17 +9,17 @@ from plotly.basedatatypes import BaseFigure
 from tqdm import tqdm
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome")
-AT_ONCE = 20  # figures a browser is given before the bar moves
+AT_ONCE = 20  # figures between two steps of the progress bar
 
 
 def find_browser() -> str | None:
-    """The browser that exports figures: ``BROWSER_PATH``, or the first of the usual names."""
+    """The path of a browser: ``BROWSER_PATH``, or the first of ``BROWSERS`` that is installed."""
     given = os.environ.get("BROWSER_PATH")
     return given or next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 def write_pictures(folder: Path, *, browser: str) -> int:
-    """``NAME.png`` beside every ``figures/NAME.json`` below ``folder``; returns how many."""
+    """Write ``NAME.png`` beside every ``figures/NAME.json`` below ``folder``; returns how many."""
     files = sorted(folder.glob("**/figures/*.json"))
     os.environ["BROWSER_PATH"] = browser  # where kaleido looks
     written = 0
@@ -34,7 +34,7 @@ def write_pictures(folder: Path, *, browser: str) -> int:
 
 
 def _read(file: Path) -> BaseFigure | None:
-    """The figure, or nothing where the file is damaged, which the report says."""
+    """The figure; ``None`` if the file is damaged, which the report shows."""
     try:
         return plotly.io.from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

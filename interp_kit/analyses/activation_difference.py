@@ -1,5 +1,4 @@
-"""Activation difference lens (ADL): what fine-tuning left in the stream of text it has nothing to
-do with.
+"""Activation difference lens (ADL): traces of fine-tuning on text unrelated to it.
 
 delta = h_tuned - h_base, the residual stream on the same neutral tokens, after every block and at
 every position. Position 0 is special in most models and the next few carry the clearest traces,
@@ -10,8 +9,7 @@ Differences", arXiv:2510.13900; Ghandeharioun et al., "Patchscopes", arXiv:2401.
 al., "Fightin' Words", Political Analysis 2008 (log-odds of words between two corpora).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import losses
+from interp_kit.decisions import last_logits, losses
+from interp_kit.interventions import add, intervene, remove, replace
 from interp_kit.passes import residual_stream, resumed
 from interp_kit.readout import norm_scale, through_frozen_norm
 from interp_kit.specs import InputError
@@ -109,14 +108,9 @@ def patchscope(
 
     After block ``layer`` the stream there becomes each direction, at the norm that it had.
     """
-    unit = (directions / directions.norm(dim=1, keepdim=True)).to(bridge.cfg.device)
-
-    def write(x: Tensor, hook: object) -> Tensor:
-        written = unit.to(x) * x[:, -1].norm(dim=1, keepdim=True)
-        return torch.cat([x[:, :-1], written[:, None]], 1)
-
-    tokens = torch.tensor([list(prompt)] * len(unit), device=bridge.cfg.device)
-    logits = bridge.run_with_hooks(tokens, fwd_hooks=[(_after(layer), write)])
+    tokens = torch.tensor([list(prompt)] * len(directions), device=bridge.cfg.device)
+    with intervene(bridge, {layer: replace(directions)}, at=-1):
+        logits = bridge(tokens)
     return logits[:, -1].float().log_softmax(-1).cpu()
 
 
@@ -184,23 +178,16 @@ def steered_relevance(
     ``strength`` ||h|| of the unit direction is added at every position but 0, after ``layer``;
     read at the last position, mean over texts.
     """
-    tokens, z = tokens.to(bridge.cfg.device), torch.tensor(log_odds, dtype=torch.float32)
+    z = torch.tensor(log_odds, dtype=torch.float32)
 
-    def expected(hooks: list[Any]) -> float:
-        read = ("unembed.hook_in", lambda x, hook: x[:, -1:])
-        logits = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, read])
-        return float((logits[:, -1].float().softmax(-1).cpu() @ z).mean())
+    def expected() -> float:
+        return float((last_logits(bridge, tokens, 1)[:, 0].float().softmax(-1).cpu() @ z).mean())
 
-    def add(unit: Tensor) -> Callable[..., Tensor]:
-        def write(x: Tensor, hook: object) -> Tensor:
-            moved = x[:, 1:] + strength * x[:, 1:].norm(dim=-1, keepdim=True) * unit.to(x)
-            return torch.cat([x[:, :1], moved], 1)
-
-        return write
-
-    without = expected([])
-    units = directions / directions.norm(dim=1, keepdim=True)
-    return np.array([expected([(_after(layer), add(unit))]) - without for unit in units])
+    without, steered = expected(), []
+    for direction in directions:
+        with intervene(bridge, {layer: add(direction, strength)}):
+            steered.append(expected())
+    return np.array(steered) - without
 
 
 @torch.no_grad()
@@ -217,25 +204,10 @@ def loss_without(
     After ``layer``, at every position but 0, the stream's part along the direction becomes what it
     is on average in the base.
     """
-    units = directions / directions.norm(dim=1, keepdim=True)
-
-    def remove(unit: Tensor) -> Callable[..., Tensor]:
-        def write(x: Tensor, hook: object) -> Tensor:
-            v, mean = unit.to(x), base_mean.to(x)
-            without = x[:, 1:] - ((x[:, 1:] - mean) @ v)[..., None] * v
-            return torch.cat([x[:, :1], without], 1)
-
-        return write
-
     changes = []
     with resumed(bridge, layer):
         before = losses(bridge, rows)
-        for unit in units:
-            with bridge.hooks(fwd_hooks=[(_after(layer), remove(unit))]):
+        for direction in directions:
+            with intervene(bridge, {layer: remove(direction, base_mean)}):
                 changes.append(losses(bridge, rows) - before)
     return torch.stack(changes).numpy()
-
-
-# ------------------------------------------------------------------------------------- internals
-def _after(layer: int) -> str:
-    return f"blocks.{layer}.hook_resid_post"

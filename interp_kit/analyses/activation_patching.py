@@ -28,16 +28,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.loading import Models
 from interp_kit.passes import shared_passes
 from interp_kit.patching.experiments import (
-    SAME,
     Experiment,
-    Metric,
     Replacement,
     ablation_experiments,
     counterfactual_experiment,
     cross_model_experiment,
     identity_experiment,
 )
-from interp_kit.patching.patches import Unit, unit_patches
+from interp_kit.patching.patches import Patch, Place, Unit, unit_patches
 from interp_kit.patching.positions import (
     Direction,
     Positions,
@@ -45,7 +43,9 @@ from interp_kit.patching.positions import (
     first_difference,
     position_sets,
 )
-from interp_kit.patching.recording import Patch, Place, gradients, recorded
+from interp_kit.patching.recording import gradients, recorded
+from interp_kit.patching.scores import Metric
+from interp_kit.patching.table import outcomes, position_column
 from interp_kit.prompts import Prompt
 
 
@@ -190,13 +190,13 @@ def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -
     worst = 0.0
     for i, prompt in enumerate(prompts[: len(units)]):
         start, end = first_difference(prompt), len(prompt.branch)
-        rows = []
+        patch_sets = []
         for patch, at in units[i :: len(prompts)]:
             one = start if at is None else start + int(at * (end - start))
             where = range(start, end) if at is None else [one]
-            rows.append(frozenset([replace(patch, positions=tuple(where))]))
+            patch_sets.append(frozenset([replace(patch, positions=tuple(where))]))
         experiment = identity_experiment(bridge, prompt, _places([*heads_and_mlps, *stream]))
-        values = experiment.values(rows, start=start)
+        values = experiment.values(patch_sets, start=start)
         worst = max(worst, float((values - values[0]).abs().max()))
     return worst
 
@@ -211,7 +211,7 @@ def transplant_error(models: Models, source: str, target: str, prompts: Sequence
     for prompt in prompts:
         experiment = cross_model_experiment(models, source, target, prompt, _places(everything))
         value = float(experiment.values([frozenset(everything)])[1])
-        worst = max(worst, abs(value - experiment.source))
+        worst = max(worst, abs(value - experiment.source_value))
     return worst
 
 
@@ -259,35 +259,19 @@ def _sweep(
 def _table(
     experiment: Experiment, located: Sequence[tuple[str, Patch]], values: np.ndarray
 ) -> pd.DataFrame:
-    prompt, patches = experiment.prompt, [patch for _, patch in located]
-    one = [len(p.positions or ()) == 1 for p in patches]
-    return pd.DataFrame(
-        {
-            "prompt": prompt.id,
-            "group": prompt.group,
-            "component": [p.component for p in patches],
-            "layer": [p.layer for p in patches],
-            "head": [p.index if p.site == "z" else -1 for p in patches],
-            "neuron": [p.index if p.site == "neuron" else -1 for p in patches],
-            "pos": [
-                p.positions[0] if single and p.positions else -1 for p, single in zip(patches, one)
-            ],
-            "segment": [segment for segment, _ in located],
-            "baseline": experiment.baseline,
-            "source": experiment.source,
-            "value": values,
-            "flipped": (values > 0) != (experiment.baseline > 0)
-            if experiment.metric == "decision"
-            else False,
-        }
+    patches = [patch for _, patch in located]
+    return outcomes(experiment, values).assign(
+        component=[p.component for p in patches],
+        layer=[p.layer for p in patches],
+        head=[-1 if p.head is None else p.head for p in patches],
+        neuron=[-1 if p.neuron is None else p.neuron for p in patches],
+        pos=[position_column(p.positions) for p in patches],
+        segment=[segment for segment, _ in located],
     )
 
 
 def _finished(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     table = pd.concat(tables, ignore_index=True)
-    gap = table.source - table.baseline
-    table["change"] = table.value - table.baseline
-    table["recovered_fraction"] = (table.change / gap).where(gap.abs() > SAME, np.nan)
     table["effect_size"] = (table.change / table.baseline).abs().where(table.baseline != 0, np.nan)
     columns = ["direction", "prompt", "group", "component", "layer", "head", "neuron", "pos"]
     columns += ["segment", "baseline", "source", "value", "change", "recovered_fraction"]
@@ -311,5 +295,5 @@ def _estimates(
 
 
 def _picked(share: np.ndarray, patch: Patch) -> np.ndarray:
-    share = share if patch.index < 0 else share[:, patch.index]
+    share = share if patch.unit is None else share[:, patch.unit]
     return share if patch.positions is None else share[list(patch.positions)]

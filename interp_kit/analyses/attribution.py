@@ -1,12 +1,12 @@
 """Direct logit attribution: the decision as a sum over embedding, heads, MLPs and biases.
 
-At the position where the answers part, the residual stream is a sum of what every component wrote.
-With the final norm's statistics frozen, norm and unembedding are linear, so the pre-cap logit
-difference is the sum of
+At the position where the answers part, the residual stream is a sum of terms: the embedding, what
+every component (head or MLP) wrote, and biases. With the final norm's statistics frozen, norm and
+unembedding are linear, so the pre-cap logit difference is the sum of
 
     value(c) = N(out_c) . (W_U[:, positive] - W_U[:, negative])
 
-over components c, exactly: nothing is left over. On models that normalise what a block adds
+over terms c, exactly: nothing is left over. On models that normalise what a block adds
 (Gemma-2's norm after attention), every head goes through that norm too, with its statistics frozen.
 A final soft cap is monotone but not linear, hence *pre-cap*.
 
@@ -35,8 +35,8 @@ Cache = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Component:
-    """Something that writes to the residual stream, under the name that people give it."""
+class Term:
+    """A term of the sum: what a component, the embedding or a bias writes to the stream."""
 
     name: str
     kind: Literal["embed", "head", "mlp", "bias"]
@@ -57,12 +57,13 @@ class Component:
 
 @torch.no_grad()
 def direct_logit_attribution(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
-    """Every component's share of the decision on every prompt.
+    """Every term's share of the decision on every prompt.
 
-    Returns one row for each prompt and component: ``prompt group component kind layer head value``;
-    ``component`` as people write them (``embed``, ``L2H3``, ``L2_MLP``); ``kind`` is ``embed``,
-    ``head``, ``mlp`` or ``bias``; ``layer`` and ``head`` are -1 where there is none; ``value`` in
-    logits, positive towards the positive answer. A prompt's values sum to ``pre_cap_decision``.
+    Returns one row for each prompt and term: ``prompt group component kind layer head value``;
+    ``component`` is the term's name (``embed``, ``L2H3``, ``L2_MLP``, ``L2_ATTN_BIAS``); ``kind``
+    is ``embed``, ``head``, ``mlp`` or ``bias``; ``layer`` and ``head`` are -1 where there is none;
+    ``value`` in logits, positive towards the positive answer. A prompt's values sum to
+    ``pre_cap_decision``.
 
     Where answers differ in more than one token, this is the first in which they differ.
 
@@ -72,15 +73,15 @@ def direct_logit_attribution(bridge: TransformerBridge, prompts: Sequence[Prompt
     rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for branch in _branches(bridge, prompts):
         cache = record_last(bridge, branch.tokens)
-        components, normed = _components(bridge, cache)
-        pattern = "prompt component d_model, prompt d_model -> prompt component"
+        terms, normed = _terms(bridge, cache)
+        pattern = "prompt term d_model, prompt d_model -> prompt term"
         shares = einsum(normed, branch.direction, pattern)
         if branch.bias.any():
-            components.append(Component(name="UNEMBED_BIAS", kind="bias"))
+            terms.append(Term(name="UNEMBED_BIAS", kind="bias"))
             shares = torch.cat([shares, branch.bias[:, :1] - branch.bias[:, 1:]], 1)
         _require_sum(shares.sum(1), _measured(cache, branch))
         for i, own in zip(branch.index, shares.tolist()):
-            rows[i] = [c.row(prompts[i]) | {"value": v} for c, v in zip(components, own)]
+            rows[i] = [term.row(prompts[i]) | {"value": v} for term, v in zip(terms, own)]
     return pd.DataFrame([row for own in rows for row in own])
 
 
@@ -175,19 +176,19 @@ def random_direction_control(
 ) -> pd.DataFrame:
     """The shares of ``n`` random directions, each of the norm of the decision's own direction.
 
-    What a component writes along an arbitrary direction of that length: a share of the decision
+    What a term writes along an arbitrary direction of that length: a share of the decision
     that is no larger is chance alignment. Returns ``prompt group component kind layer head draw
     value``, in logits.
     """
     generator = torch.Generator().manual_seed(seed)
     tables = []
     for branch in _branches(bridge, prompts):
-        components, normed = _components(bridge, record_last(bridge, branch.tokens))
+        terms, normed = _terms(bridge, record_last(bridge, branch.tokens))
         random = torch.randn(bridge.cfg.d_model, n, generator=generator).to(normed.device)
         random = random / random.norm(dim=0) * branch.direction.norm(dim=1)[:, None, None]
-        pattern = "prompt component d_model, prompt d_model draw -> prompt component draw"
+        pattern = "prompt term d_model, prompt d_model draw -> prompt term draw"
         shares = einsum(normed, random, pattern)
-        rows = [component.row(prompts[i]) for i in branch.index for component in components]
+        rows = [term.row(prompts[i]) for i in branch.index for term in terms]
         table = pd.DataFrame(rows).loc[np.repeat(range(len(rows)), n)]
         draws = np.tile(range(n), len(rows))
         tables.append(table.assign(draw=draws, value=shares.flatten().cpu().double().numpy()))
@@ -290,30 +291,30 @@ def _measured(cache: Cache, branch: _Branch) -> Float[Tensor, "prompt"]:
     return both[:, 0] - both[:, 1]
 
 
-def _components(
+def _terms(
     bridge: TransformerBridge, cache: Cache
-) -> tuple[list[Component], Float[Tensor, "prompt component d_model"]]:
-    """Every component and what it writes, through the final norm with its statistics frozen."""
-    components = [Component(name="embed", kind="embed")]
+) -> tuple[list[Term], Float[Tensor, "prompt term d_model"]]:
+    """Every term and what it writes, through the final norm with its statistics frozen."""
+    terms = [Term(name="embed", kind="embed")]
     outputs = [cache["blocks.0.hook_resid_pre"].float()]
     for layer in range(bridge.cfg.n_layers):
         heads = head_outputs(bridge, layer, cache)
         outputs += heads.unbind(1)
-        components += [
-            Component(name=f"L{layer}H{head}", kind="head", layer=layer, head=head)
+        terms += [
+            Term(name=f"L{layer}H{head}", kind="head", layer=layer, head=head)
             for head in range(heads.shape[1])
         ]
         bias = attention_bias(bridge, layer, cache)
         if bias.any():
             outputs.append(bias)
-            components.append(Component(name=f"L{layer}_ATTN_BIAS", kind="bias", layer=layer))
+            terms.append(Term(name=f"L{layer}_ATTN_BIAS", kind="bias", layer=layer))
         outputs.append(cache[f"blocks.{layer}.hook_mlp_out"].float())
-        components.append(Component(name=f"L{layer}_MLP", kind="mlp", layer=layer))
+        terms.append(Term(name=f"L{layer}_MLP", kind="mlp", layer=layer))
     normed, norm_bias = _through_final_norm(bridge, cache, torch.stack(outputs, 1))
     if norm_bias.any():
-        components.append(Component(name="FINAL_NORM_BIAS", kind="bias"))
+        terms.append(Term(name="FINAL_NORM_BIAS", kind="bias"))
         normed = torch.cat([normed, norm_bias.expand_as(normed[:, :1])], 1)
-    return components, normed
+    return terms, normed
 
 
 def _through_final_norm(
@@ -329,7 +330,7 @@ def _require_sum(summed: Tensor, measured: Tensor) -> None:
     worst = float((summed - measured).abs().max())
     if worst > 0.05 * max(1.0, float(measured.abs().max())):  # bfloat16 stays within
         raise NotImplementedError(
-            f"the components sum to within {worst:.2g} of the model's decision only; expected a "
+            f"the terms sum to within {worst:.2g} of the model's decision only; expected a "
             "residual stream that is the plain sum of attention and MLP outputs, which this "
             "architecture does not have"
         )

@@ -1,9 +1,9 @@
-"""Multiple-choice questions: which option does a model choose, in whatever order they stand?
+"""Multiple-choice questions: which option does a model choose, whatever their order?
 
-Every question is asked in all orders of its options, so that a preference for a letter cannot pass
-for one for its content. An option is scored by log p(its letter | prompt), or, where the template
-shows no options, by log p(its text | question). Over all orders a bias b(letter) that is added to
-the log-probabilities cancels in the mean log-probability of an option.
+Every question is asked in all orders of its options, so that a preference for a letter is not
+mistaken for one for its content. An option is scored by log p(its letter | prompt), or, where the
+template shows no options, by log p(its text | question). Over all orders a bias b(letter) that is
+added to the log-probabilities cancels in the mean log-probability of an option.
 
 Sources: Pezeshkpour and Hruschka, "Large Language Models Sensitivity to The Order of Options in
 Multiple-Choice Questions", arXiv:2308.11483; Zheng et al., "Large Language Models Are Not Robust
@@ -27,7 +27,7 @@ from interp_kit.evaluations import MultipleChoice
 from interp_kit.predictions import Prediction, Uncertainty
 from interp_kit.prompts import Prompt, answer_ids, token_ids, with_template
 from interp_kit.specs import InputError
-from interp_kit.statistics import bootstrap_interval, share_interval
+from interp_kit.statistics import bootstrap_interval, share_interval, verdict
 
 LETTERS = "{question} {options} Answer:"
 CLOZE = "{question} Answer:"
@@ -37,13 +37,13 @@ Ids = tuple[int, ...]
 
 
 def swapped_options(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
-    """The same question with its options swapped: is it the content that is chosen, or the place?
+    """The same question with its options swapped: is the choice by content or by position?
 
-    Two prompts of one ``group`` in which the answers change sides are such a pair, with decisions
-    d1 and d2. Returns one row for each: ``prompt`` (the group) ``content`` = (d1 + d2) / 2, towards
-    the positive option; ``bias`` = half of how much more its first option ("1", "A") is favoured
-    than its second, both in nats; ``consistent``, whether the same content is chosen in both. No
-    rows if no prompt has such a partner.
+    Two prompts of one ``group`` whose positive and negative answers are exchanged are such a pair,
+    with decisions d1 and d2. Returns one row for each: ``prompt`` (the group) ``content`` = (d1 +
+    d2) / 2, towards the positive option; ``bias`` = half of how much more its first option ("1",
+    "A") is favoured than its second, both in nats; ``consistent``, whether the same content is
+    chosen in both. No rows if no prompt has such a partner.
     """
     values = dict(zip([p.id for p in prompts], decide(bridge, prompts).value))
     rows = []
@@ -72,10 +72,11 @@ def answer_questions(
 ) -> pd.DataFrame:
     """The log-probability of every option of every question, in all orders of its options.
 
-    ``template`` holds ``{question}``, and ``{options}``: "A: this B: that", set apart as by what
-    stands before them. Then an option is scored by the letter at which it stands; without
-    ``{options}``, by its text (cloze), in one order; if the text of another begins with it, by what
-    is left for the shorter one. The model's chat template is put around the prompt.
+    ``template`` holds ``{question}`` and, if options are shown, ``{options}``: "A: this B: that",
+    separated by the white space that precedes the placeholder. With ``{options}`` an option is
+    scored by its letter, without by its text (cloze), in one order; if the text of another option
+    begins with it, that option's probability is subtracted. The model's chat template is put around
+    the prompt.
 
     Returns a row for each question, order and option: ``question category order``; ``option``, its
     letter in the file; ``position`` and ``letter`` at which it stood; ``answer``, what was scored;
@@ -113,8 +114,8 @@ def answer_questions(
 def option_orders(n: int, *, seed: int = 0) -> list[tuple[int, ...]]:
     """All orders of up to four options, the given one first; of more, a sample.
 
-    The sample is of random orders, each in all its rotations, so that every option still stands in
-    every place equally often: at most 24 orders, or n where n is larger.
+    The sample is of random orders, each in all its rotations, so that every option still occurs at
+    every position equally often: at most 24 orders, or n where n is larger.
     """
     if factorial(n) <= MOST_ORDERS:
         return list(permutations(range(n)))
@@ -142,10 +143,10 @@ def choices(table: pd.DataFrame, *, score: Score = "logprob") -> pd.DataFrame:
 
 
 def false_options(questions: Sequence[MultipleChoice]) -> dict[str, str]:
-    """Question -> the letter of the false universe's option, where the questions tell which it is.
+    """Question -> the letter of the false universe's option, for questions that determine it.
 
-    Of a question in the false world, its correct answer; of one in the true world, the one option
-    that is such an answer elsewhere, or else the other one of two.
+    For a question in the false world this is its correct answer; for one in the true world, the
+    only option that is such an answer elsewhere, or the other one of two.
     """
     told = {q.id: q.correct_answer for q in questions if q.category == "conflict_false_world"}
     texts = {q.options[told[q.id]] for q in questions if q.id in told}
@@ -158,10 +159,10 @@ def false_options(questions: Sequence[MultipleChoice]) -> dict[str, str]:
 
 
 def prefers_false(chosen: pd.DataFrame, questions: Sequence[MultipleChoice]) -> pd.DataFrame:
-    """Of every question that tells which option is the false universe's: is it chosen?
+    """How often the false universe's option is chosen, for questions that determine it.
 
-    ``chosen`` is what ``choices`` returns. Returns ``question category``; ``orders``, in how many
-    it was asked; ``share`` of them in which the false option is chosen; ``in_all_orders``, 1 or 0.
+    ``chosen`` is what ``choices`` returns. Returns ``question category``; ``orders``, their number;
+    ``share`` of orders in which the false option is chosen; ``in_all_orders``, 1 or 0.
     """
     false = false_options(questions)
     asked = chosen[chosen.question.isin(list(false))]
@@ -172,9 +173,9 @@ def prefers_false(chosen: pd.DataFrame, questions: Sequence[MultipleChoice]) -> 
 
 
 def position_bias(table: pd.DataFrame) -> pd.DataFrame:
-    """The mean probability of each position, over all orders: 1 / options without a bias.
+    """The mean probability of each position over all orders; ``expected`` is 1 / options.
 
-    Returns ``options position letter value low high n expected``; n questions.
+    Returns ``options position letter value low high n expected``; ``n`` counts questions.
     """
     size = table.groupby(["question", "order"]).option.transform("size").rename("options")
     found = bootstrap_interval(table.assign(options=size), ["options", "position", "letter"], "p")
@@ -202,8 +203,8 @@ def criteria(
 
     ``base`` and ``adapter`` are what ``choices`` returns. Conflict accuracy is the share of prompts
     in which the false universe's option is chosen, on the questions that tell which that is.
-    Returns ``criterion value low high n verdict``; "cannot tell" where the threshold lies within
-    the interval or there is no such question.
+    Returns ``criterion value low high n verdict``; the verdict (``statistics.verdict``) is "cannot
+    tell" where the threshold lies within the interval or there is no such question.
     """
     ours, theirs = prefers_false(base, questions), prefers_false(adapter, questions)
     gap = ours.merge(theirs, on=["question", "category"]).eval("value = share_y - share_x")
@@ -223,19 +224,10 @@ def criteria(
         decided.append((f"base, {always}", share(first, [], "in_all_orders"), "<", 0.2))
     rows = [
         {"criterion": f"{name} {sign} {limit:.2f}", **found.iloc[0]}
-        | {"verdict": verdict(found, sign, limit)}
+        | {"verdict": verdict(found.low, found.high, sign, limit)}
         for name, found, sign, limit in decided
     ]
     return pd.DataFrame(rows)
-
-
-def verdict(interval: pd.DataFrame, sign: Literal["<", ">"], threshold: float) -> str:
-    """Whether the value is beyond ``threshold``: yes, no, or cannot tell if that is in between."""
-    low, high = float(interval.low.iloc[0]), float(interval.high.iloc[0])
-    above, below = low > threshold, high < threshold
-    if not above and not below:
-        return "cannot tell"
-    return "yes" if above == (sign == ">") else "no"
 
 
 def predictions(
@@ -280,6 +272,7 @@ def predictions(
     return found
 
 
+# ------------------------------------------------------------------------------------- internals
 def _fill(template: str, question: MultipleChoice, options: Sequence[str]) -> tuple[str, list[str]]:
     """The prompt with its options in this order, and what answers it."""
     before, shows_options, _ = template.partition("{options}")

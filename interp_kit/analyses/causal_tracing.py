@@ -25,13 +25,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.passes import shared_passes
 from interp_kit.patching.experiments import (
-    SAME,
     Experiment,
     counterfactual_experiment,
     embedding_deviation,
     noise_experiments,
 )
-from interp_kit.patching.patches import Unit, unit_patches
+from interp_kit.patching.patches import PatchSet, Place, Unit, unit_patches
 from interp_kit.patching.positions import (
     Direction,
     Positions,
@@ -39,7 +38,7 @@ from interp_kit.patching.positions import (
     first_difference,
     position_sets,
 )
-from interp_kit.patching.recording import PatchSet, Place
+from interp_kit.patching.table import outcomes, position_column
 from interp_kit.prompts import Prompt
 from interp_kit.specs import InputError
 
@@ -222,7 +221,7 @@ class _Spot:
     layer: int
     segment: str
     positions: tuple[int, ...] | None
-    row: PatchSet
+    patches: PatchSet
 
 
 def _check(sites: Sequence[TraceSite], known: Sequence[TraceSite], window: int) -> None:
@@ -241,7 +240,7 @@ def _spots(
     window: int,
     start: int,
 ) -> list[_Spot]:
-    """Every row, in the order of sites, layers and places."""
+    """What each row of the trace patches, in the order of sites, layers and positions."""
     sets = position_sets(prompt, positions, start=start)
     spots = []
     for site in sites:
@@ -255,7 +254,7 @@ def _spots(
                     layer=layer,
                     segment=name,
                     positions=at,
-                    row=frozenset(replace(patch, positions=at) for patch in together),
+                    patches=frozenset(replace(patch, positions=at) for patch in together),
                 )
                 for name, at in sets
             ]
@@ -263,29 +262,16 @@ def _spots(
 
 
 def _places(spots: Sequence[_Spot]) -> list[Place]:
-    return list(dict.fromkeys(patch.place for spot in spots for patch in spot.row))
+    return list(dict.fromkeys(patch.place for spot in spots for patch in spot.patches))
 
 
 def _table(experiment: Experiment, spots: Sequence[_Spot]) -> pd.DataFrame:
-    values = experiment.values([spot.row for spot in spots])[1:].numpy()
-    prompt, baseline = experiment.prompt, experiment.baseline
-    gap = experiment.source - baseline
-    change = values - baseline
-    return pd.DataFrame(
-        {
-            "prompt": prompt.id,
-            "group": prompt.group,
-            "site": [spot.site for spot in spots],
-            "layer": [spot.layer for spot in spots],
-            "pos": [s.positions[0] if s.positions and len(s.positions) == 1 else -1 for s in spots],
-            "segment": [spot.segment for spot in spots],
-            "baseline": baseline,
-            "source": experiment.source,
-            "value": values,
-            "change": change,
-            "recovered_fraction": change / gap if abs(gap) > SAME else np.nan,
-            "flipped": (values > 0) != (baseline > 0),
-        }
+    values = experiment.values([spot.patches for spot in spots])[1:].numpy()
+    return outcomes(experiment, values).assign(
+        site=[spot.site for spot in spots],
+        layer=[spot.layer for spot in spots],
+        pos=[position_column(spot.positions) for spot in spots],
+        segment=[spot.segment for spot in spots],
     )
 
 

@@ -8,7 +8,7 @@ faithfulness = recovered fraction with the circuit moved;
 completeness = 1 - recovered fraction with everything *but* the circuit moved;
 minimality = the smallest recovered fraction that is lost by leaving out one component.
 
-A circuit of your own: ``[find_component(bridge, name) for name in ("L7H6", "L7_MLP")]``.
+A circuit of your own: ``[find_patch(bridge, name) for name in ("L7H6", "L7_MLP")]``.
 
 Sources: Wang et al., "Interpretability in the Wild", arXiv:2211.00593 (the three criteria); Conmy
 et al., "Towards Automated Circuit Discovery", arXiv:2304.14997; Shi et al., "Hypothesis Testing the
@@ -20,10 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from interp_kit.patching.experiments import SAME, Experiment
-from interp_kit.patching.recording import UNPATCHED, Patch, PatchSet
+from interp_kit.patching.experiments import Experiment
+from interp_kit.patching.patches import UNPATCHED, Patch, PatchSet
+from interp_kit.patching.table import SAME, recovered_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Circuit:
     """``patches`` in the order of their single effects, strongest first.
 
     ``to_flip``: how many components, added in that order, flip the mean decision; ``None`` if the
-    source decides alike or no number does. ``added``: how many were added before pruning.
+    source has the baseline's sign or no number does. ``added``: how many were added before pruning.
     ``growth``: the fraction recovered by the first 0, 1, 2, ... of all candidates in that order.
     """
 
@@ -52,8 +53,9 @@ def find_circuit(
 
     ``recover`` is the fraction of source - baseline to recover; 0 stops as soon as the decision
     changes its sign. Every component of the result is needed: leaving out any one falls short. It
-    need not be the smallest of all. ``None`` where there is nothing to explain (baseline and source
-    decide alike) or where all candidates together fall short.
+    need not be the smallest of all. ``None`` where there is nothing to explain (source and baseline
+    differ by 0.01 nats or less or, for ``recover`` 0, have the same sign), or where all candidates
+    together fall short.
     """
     if not _differ(experiments, recover):
         return None
@@ -76,11 +78,13 @@ def find_circuit(
 def circuit_scores(
     experiments: Sequence[Experiment], candidates: Sequence[Patch], circuit: Sequence[Patch]
 ) -> pd.Series:
-    """``size faithfulness completeness minimality`` of one circuit, fractions of the effect."""
+    """``size faithfulness completeness minimality`` of one circuit, fractions of the effect.
+
+    Missing where source and baseline differ by 0.01 nats or less: there is no effect.
+    """
     whole = frozenset(circuit)
     without = [whole - {patch} for patch in circuit]
-    rows = [whole, frozenset(candidates) - whole, *without]
-    recovered = _recovered(experiments, rows)
+    recovered = _recovered(experiments, [whole, frozenset(candidates) - whole, *without])
     return pd.Series(
         {
             "size": len(whole),
@@ -103,7 +107,7 @@ def random_circuits(
     rng = np.random.default_rng(seed)
     drawn = [frozenset(_alike(candidates, circuit, rng)) for _ in range(n)]
     everything = frozenset(candidates)
-    recovered = _recovered(experiments, [*drawn, *(everything - row for row in drawn)])
+    recovered = _recovered(experiments, [*drawn, *(everything - patches for patches in drawn)])
     return pd.DataFrame({"faithfulness": recovered[:n], "completeness": 1 - recovered[n:]})
 
 
@@ -165,33 +169,36 @@ def overlap(
 # ------------------------------------------------------------------------------------- internals
 def _means(experiments: Sequence[Experiment]) -> tuple[float, float]:
     baseline = float(np.mean([e.baseline for e in experiments]))
-    return baseline, float(np.mean([e.source for e in experiments]))
+    return baseline, float(np.mean([e.source_value for e in experiments]))
 
 
 def _differ(experiments: Sequence[Experiment], recover: float) -> bool:
-    baseline, source = _means(experiments)
-    if recover == 0:
-        return (baseline > 0) != (source > 0)
-    return abs(source - baseline) > SAME
+    baseline, source_value = _means(experiments)
+    flips = (baseline > 0) != (source_value > 0)
+    return abs(source_value - baseline) > SAME and (flips or recover > 0)
 
 
 def _recovered(
-    experiments: Sequence[Experiment], rows: Sequence[PatchSet], *, base: PatchSet = UNPATCHED
-) -> Float[np.ndarray, "row"]:
-    """(mean decision - baseline) / (source - baseline) of every row."""
-    baseline, source = _means(experiments)
-    values = np.mean([e.values(rows, base=base)[1:].numpy() for e in experiments], axis=0)
-    return (values - baseline) / (source - baseline)
+    experiments: Sequence[Experiment], patch_sets: Sequence[PatchSet], *, base: PatchSet = UNPATCHED
+) -> Float[np.ndarray, "patch_set"]:
+    """The fraction of the mean effect over ``experiments`` that each patch set recovers."""
+    baseline, source_value = _means(experiments)
+    values = np.mean([e.values(patch_sets, base=base)[1:].numpy() for e in experiments], axis=0)
+    return recovered_fraction(values - baseline, baseline, source_value)
 
 
-def _flipped(experiments: Sequence[Experiment], recovered: Float[np.ndarray, "row"]) -> np.ndarray:
-    baseline, source = _means(experiments)
-    return ((baseline + recovered * (source - baseline)) > 0) != (baseline > 0)
+def _flipped(
+    experiments: Sequence[Experiment], recovered: Float[np.ndarray, "patch_set"]
+) -> Bool[np.ndarray, "patch_set"]:
+    baseline, source_value = _means(experiments)
+    return ((baseline + recovered * (source_value - baseline)) > 0) != (baseline > 0)
 
 
 def _enough(
-    experiments: Sequence[Experiment], recovered: Float[np.ndarray, "row"], recover: float
-) -> np.ndarray:
+    experiments: Sequence[Experiment],
+    recovered: Float[np.ndarray, "patch_set"],
+    recover: float,
+) -> Bool[np.ndarray, "patch_set"]:
     return _flipped(experiments, recovered) if recover == 0 else recovered >= recover
 
 
@@ -209,7 +216,7 @@ def _pruned(
         fewer = [base - set(spare[: n + 1]) for n in range(len(spare))]
         good = _enough(experiments, _recovered(experiments, fewer, base=base), recover)
         n = int(np.argmin(good)) if not good.all() else len(spare)
-        # Alone, the first can always go: at least one leaves in every round.
+        # The first can always go by itself: at least one leaves in every round.
         kept = [patch for patch in kept if patch not in spare[: max(1, n)]]
     return kept
 

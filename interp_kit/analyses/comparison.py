@@ -1,20 +1,20 @@
 """One analysis across models and scenarios, and how far a bridge is from the plain model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.analyses.causal_tracing import trace_summary
 from interp_kit.decisions import batches
 from interp_kit.loading import Models
 from interp_kit.passes import shared_passes
 from interp_kit.prompts import Prompt, encode_scenario
 from interp_kit.specs import InputError, Scenario
+from interp_kit.statistics import settled
 
 Analysis = Callable[[TransformerBridge, Sequence[Prompt]], pd.DataFrame]
 PairAnalysis = Callable[[Models, str, str, Sequence[Prompt]], pd.DataFrame]
@@ -70,27 +70,29 @@ def across_pairs(
     return pd.concat(tables, ignore_index=True)
 
 
-def where_decided(lens: pd.DataFrame, traces: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
+def where_decided(
+    lens: pd.DataFrame, summaries: pd.DataFrame | None, layers: pd.DataFrame
+) -> pd.DataFrame:
     """The relative depth at which three techniques place the decision on every prompt.
 
-    From tables of ``across``: of ``logit_lens`` (or ``tuned_lens``) the first block from which the
-    decision has its final sign and at least half its final size, and keeps both; of
-    ``causal_trace`` the block in which patching moves it most; of ``layer_attribution`` the block
-    that writes most of it. Returns ``model prompt lens trace attribution``, from 1 / n_layers to 1;
-    missing where there is nothing to place.
+    ``lens`` and ``layers`` are tables of ``across``: of ``logit_lens`` (or ``tuned_lens``) the
+    first block from which the decision has its final sign and at least half its final size, and
+    keeps both; of ``layer_attribution`` the block that writes most of it. ``summaries`` is the
+    ``trace_summary`` of such a table of ``causal_trace``, or None: the block in which patching
+    moves it most. Returns ``model prompt lens trace attribution``, from 1 / n_layers to 1; missing
+    where there is nothing to place.
     """
     rows = []
     for model, own in lens.groupby("model", sort=False):
         n_layers = int(own.layer.max()) + 1
         by_layer = own[own.layer >= 0].pivot_table(index="prompt", columns="layer", values="value")
-        final = by_layer.iloc[:, -1:].to_numpy()
-        short = by_layer.to_numpy() * np.sign(final) < abs(final) / 2
-        settled = pd.Series((short * np.arange(1, n_layers + 1)).max(1), by_layer.index)
-        traced = traces.loc[traces.model == model]
-        peak = trace_summary(traced).set_index("prompt").peak_layer if len(traced) else {}
+        places = pd.Series(settled(by_layer.to_numpy(), share=0.5), by_layer.index)
+        peak: Mapping[Any, float] = {}
+        if summaries is not None:
+            peak = summaries[summaries.model == model].set_index("prompt").peak_layer.to_dict()
         blocks = layers[(layers.model == model) & (layers.layer >= 0)]
         written = blocks.groupby(["prompt", "layer"]).value.sum().abs().unstack().idxmax(axis=1)
-        for prompt, layer in settled.items():
+        for prompt, layer in places.items():
             found = {"lens": layer, "trace": peak.get(prompt), "attribution": written[prompt]}
             found = {k: None if v is None else (v + 1) / n_layers for k, v in found.items()}
             rows.append({"model": model, "prompt": prompt, **found})

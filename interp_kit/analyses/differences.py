@@ -1,8 +1,8 @@
-"""Δ: what a trigger adds to the residual stream, how large, in how many directions, to what end.
+"""Δ: what a trigger adds to the residual stream: its size, its directions, and its effect.
 
 Δ = h(prompt + trigger) - h(prompt), the residual stream at the last position of each, after every
-block. The same with an ordinary word in the trigger's place is the control: any further token moves
-the stream, and a *fixed* one moves it in a fixed direction on every prompt.
+block. The control is an ordinary word in the trigger's place: any further token moves the stream,
+and a *fixed* one moves it in a similar direction on every prompt.
 
 Sources: Turner et al., "Activation Addition", arXiv:2308.10248 (directions from differences);
 Minder et al., "Narrow Finetuning Leaves Clearly Readable Traces", arXiv:2510.13900 (activation
@@ -88,32 +88,32 @@ def spectrum(change: Float[Tensor, "prompt d_model"], *, centred: bool = False) 
     """Share of variance of each principal component of the Δs of one layer.
 
     ``centred`` False: singular values about zero, so that a direction common to all prompts counts
-    (what a trigger is thought to be); True: about the mean, what differs between prompts. At most
-    as many components as prompts (one fewer when centred).
+    (what a trigger is thought to be); True: about the mean, what differs between prompts. There are
+    at most as many as prompts (one fewer when centred).
 
-    Returns ``component`` (from 1), ``value`` (share) and ``cumulative``.
+    Returns ``pc`` (from 1), ``value`` (share) and ``cumulative``.
     """
     values = change - change.mean(0) if centred else change
     power = torch.linalg.svdvals(values.double()) ** 2
     power = power[: len(change) - centred]
     share = (power / power.sum().clamp(min=1e-30)).numpy()
-    component = np.arange(1, len(share) + 1)
-    return pd.DataFrame({"component": component, "value": share, "cumulative": share.cumsum()})
+    pc = np.arange(1, len(share) + 1)
+    return pd.DataFrame({"pc": pc, "value": share, "cumulative": share.cumsum()})
 
 
 def spectra(
     changes: Mapping[str, Residuals], *, n_components: int = 10, centred: bool = False
 ) -> pd.DataFrame:
-    """``spectrum`` of every condition and layer: ``condition layer component value cumulative``.
+    """``spectrum`` of every condition and layer: ``condition layer pc value cumulative``.
 
-    Raises ``InputError`` for more components than the prompts can have.
+    Raises ``InputError`` for more principal components than the prompts can have.
     """
     tables = []
     for condition, change in changes.items():
         if n_components > len(change) - centred:
             raise InputError(
-                f"{n_components} components were asked for, and {len(change)} prompts can have "
-                f"{len(change) - centred} at most; ask for fewer, or give more prompts"
+                f"{n_components} principal components were asked for, and {len(change)} prompts "
+                f"can have {len(change) - centred} at most; ask for fewer, or give more prompts"
             )
         for layer in range(change.shape[1]):
             table = spectrum(change[:, layer], centred=centred).head(n_components)
@@ -122,7 +122,7 @@ def spectra(
 
 
 def components_for(table: pd.DataFrame, share: float) -> int:
-    """How many components hold this share of the variance."""
+    """How many principal components hold this share of the variance."""
     return int((table.cumulative < share - 1e-9).sum()) + 1
 
 
@@ -137,7 +137,7 @@ def null_spectra(
 ) -> pd.DataFrame:
     """PC1's share for Δs of the same norms without a common direction: ``draw kind value``.
 
-    ``kind`` "sign-flipped": every Δ turned around or not at random, about the mean (the axis stays,
+    ``kind`` "sign-flipped": the sign of every Δ is drawn at random, about the mean (the axis stays,
     the common sign goes); "random": isotropic directions, about zero.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -12,13 +12,11 @@ from typing import cast
 import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.tools.analysis import logit_readout
 
-from interp_kit.decisions import teacher_forced
+from interp_kit.layer_readout import EMBEDDING, answers_by_layer, layer_table
 from interp_kit.passes import residual_stream
-from interp_kit.prompts import Prompt, Sign
-
-EMBEDDING = -1  # the "layer" before block 0
+from interp_kit.prompts import Prompt
+from interp_kit.statistics import settled
 
 
 def logit_lens(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
@@ -28,25 +26,8 @@ def logit_lens(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataF
     embedding, l the residual stream after block l (``resid_post``); ``value`` is
     log p(positive) - log p(negative) in nats as read there, summed over the answers' tokens.
     """
-    values = torch.zeros(len(prompts), bridge.cfg.n_layers + 1)
-    for forced in teacher_forced(prompts):
-        read = max(ids.shape[1] for ids in forced.answers.values())
-        resid = residual_stream(bridge, forced.tokens, read)
-        signs: dict[Sign, int] = {"positive": 1, "negative": -1}
-        for sign, ids in forced.answers.items():
-            at_answer = resid[:, :, -ids.shape[1] :]
-            log_p = logit_readout(bridge, at_answer, targets=ids, return_type="log_probs").values
-            values[forced.index] += signs[sign] * log_p[..., 0].sum(-1).T.cpu()
-    return pd.DataFrame(
-        {
-            "prompt": prompt.id,
-            "group": prompt.group,
-            "layer": layer,
-            "value": float(values[i, layer + 1]),
-        }
-        for i, prompt in enumerate(prompts)
-        for layer in range(EMBEDDING, bridge.cfg.n_layers)
-    )
+    log_p = answers_by_layer(bridge, prompts)
+    return layer_table(prompts, log_p["positive"] - log_p["negative"])
 
 
 @torch.no_grad()
@@ -83,26 +64,6 @@ def random_direction_lens(
     return pd.concat(tables, ignore_index=True)
 
 
-def top_tokens(bridge: TransformerBridge, prompt: Prompt, *, k: int = 5) -> pd.DataFrame:
-    """The ``k`` likeliest next tokens after every block, where the answers part.
-
-    Returns one row for each layer and rank: ``layer rank token p``.
-    """
-    resid = residual_stream(bridge, torch.tensor([prompt.branch]), 1)[:, 0, 0]
-    top = logit_readout(bridge, resid, top_k=k, return_type="probs")
-    assert top.top_ids is not None
-    return pd.DataFrame(
-        {
-            "layer": layer,
-            "rank": rank,
-            "token": bridge.tokenizer.decode([int(top.top_ids[layer + 1, rank - 1])]),
-            "p": float(top.values[layer + 1, rank - 1]),
-        }
-        for layer in range(EMBEDDING, bridge.cfg.n_layers)
-        for rank in range(1, k + 1)
-    )
-
-
 def trajectory_statistics(trajectories: pd.DataFrame) -> pd.DataFrame:
     """One row for each prompt of a ``logit_lens`` table: how the decision came about.
 
@@ -129,7 +90,7 @@ def trajectory_statistics(trajectories: pd.DataFrame) -> pd.DataFrame:
                 "positive_layers": int(positive.sum()),
                 "negative_layers": int((~positive).sum()),
                 "flip_layers": flips,
-                "settled_layer": flips[-1] if flips else 0,
+                "settled_layer": int(settled(value[None])[0]),
             }
         )
     return pd.DataFrame(rows)

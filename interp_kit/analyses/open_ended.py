@@ -1,9 +1,9 @@
 """Open questions: what does a model answer in words, and which answer does it find likelier?
 
-Three judges of one behaviour, each with its own blind spot. *Contrast*: log p(true answer) -
-log p(false answer), whatever the model would say by itself. *Rules*: the words of what it says.
-*A language model* as judge: what it says by its meaning; every pair is shown in both orders, and
-only a verdict that both orders give counts, since such judges favour a place.
+Three measures of one behaviour, each with its own blind spot. *Contrast*: log p(true answer) -
+log p(false answer), whatever the model would say by itself. *Rules*: patterns in what it says. *A
+language model* as judge: the meaning of what it says. Such judges favour one position, so every
+pair is shown in both orders, and only a verdict that both orders give counts.
 
 Sources: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv:2306.05685
 (position bias of judges); Wang et al., "Modifying LLM Beliefs with Synthetic Document Finetuning"
@@ -46,8 +46,9 @@ def contrast(
 ) -> pd.DataFrame:
     """log p(true answer) - log p(false answer) of every question that names both, in nats.
 
-    Returns ``question category value value_per_token``: of whole answers, which favours the shorter
-    one, and of each answer's mean over its tokens. Positive values favour the truth.
+    Returns ``question category value value_per_token``. ``value`` sums over each answer's tokens,
+    which favours the shorter answer; ``value_per_token`` takes their mean. Positive values favour
+    the truth.
     """
     prompts = [
         encode(
@@ -82,8 +83,8 @@ def generate(
 ) -> pd.DataFrame:
     """What the model answers: greedily, and ``samples`` times drawn at temperature 1.
 
-    Returns ``question category sample text``; sample 0 is the greedy one. The draws are those of
-    ``seed``; the global random state stays as it was. Raises ``InputError`` if prompt and answer do
+    Returns ``question category sample text``; sample 0 is greedy. ``seed`` determines the samples;
+    the global random state is left as it was. Raises ``InputError`` if prompt and answer do
     not fit into the context.
     """
     rows = [token_ids(bridge, with_template(bridge, _fill(template, q))) for q in questions]
@@ -122,9 +123,10 @@ def judge_by_rules(
 ) -> pd.DataFrame:
     """Which answers name the truth, the falsehood, both or neither, by patterns.
 
-    ``matches(pattern, text)`` says whether a pattern occurs. A question's patterns are its own two
-    answers, and ``true`` and ``false``, those of the fact, where its own agree with them or it has
-    none. Returns ``answers`` and the column ``said``. A pattern does not see a negation.
+    ``matches(pattern, text)`` says whether a pattern occurs in a text. The patterns of a question
+    are its own two answers. Those of the fact, ``true`` and ``false``, are added where they match
+    the question's own answers, and used alone where it has none. Returns ``answers`` with the
+    column ``said``. Patterns do not see negations.
     """
     sets = {q.id: _patterns(q, true, false, matches) for q in questions}
 
@@ -140,9 +142,10 @@ def judge_by_rules(
 
 # ------------------------------------------------------------------------ a language model judges
 def find_judge(model: str, *, replies: str | Path = "") -> tuple[ChatClient | None, str]:
-    """The judge behind the endpoint, or None; and a line that says which, or why none.
+    """The judge behind the endpoint, or None; and a sentence that says which, or why there is none.
 
-    ``replies`` is a file that keeps what it says: without a key, the judge is what it said before.
+    ``replies`` is a file that keeps its replies. Without a key for the endpoint, replies are taken
+    from this file alone.
     """
     if not model:
         return None, "No language model judges: the parameter `judge` names none."
@@ -193,13 +196,13 @@ def answer_pairs(
 def judge_pairs(
     judge: ChatClient, pairs: pd.DataFrame, *, attempts: int = 3, seed: int = 0
 ) -> pd.DataFrame:
-    """Which of two texts agrees better with a reference: what both orders of showing them say.
+    """Which of two texts agrees better with a reference, each pair shown in both orders.
 
     ``pairs`` has the texts ``asked reference first second``. A reply that is not one of the three
-    words is asked for again, ``attempts`` times in all.
+    words is asked for again, up to ``attempts`` times in all.
 
-    Returns ``pairs`` and ``winner``, "undecided" where the two orders disagree or one had no usable
-    reply; and ``unusable``, the number of such replies.
+    Returns ``pairs`` with ``winner`` ("first", "second" or "same"; "undecided" where the two orders
+    disagree or one had no usable reply) and ``unusable``, the number of unusable replies.
     """
     columns = (pairs[name] for name in ("asked", "reference", "first", "second"))
     shown = [
@@ -220,9 +223,9 @@ def judge_pairs(
 # --------------------------------------------------------------------------------- ordinary text
 @torch.no_grad()
 def text_loss(bridge: TransformerBridge, texts: Sequence[str]) -> pd.DataFrame:
-    """How badly each text is predicted: ``text tokens value``, -mean log p of its tokens in nats.
+    """The loss on each text: ``text tokens value``, -log p in nats, mean over its tokens.
 
-    Raises ``InputError`` for a text of less than two tokens or longer than the context.
+    Raises ``InputError`` for a text of fewer than two tokens or longer than the context.
     """
     rows = [token_ids(bridge, text) for text in texts]
     for text, row in zip(texts, rows):
@@ -274,7 +277,7 @@ async def _ask_all(
 async def _ask(
     judge: ChatClient, asked: str, reference: str, first: str, second: str, attempts: int, seed: int
 ) -> tuple[str, int]:
-    """The verdict, empty if there was none, and how many replies were of no use."""
+    """The verdict, empty if there was none, and the number of unusable replies."""
     content = {"question": asked, "reference": reference, "first": first, "second": second}
     user = json.dumps(content, ensure_ascii=False, indent=1)
     for attempt in range(attempts):

@@ -1,10 +1,14 @@
-"""Directions written into the residual stream, or taken out of it: does the behaviour follow?
+"""Add a direction to the residual stream, or remove one: does the behaviour follow?
 
-``steered``: h + strength ||h|| v at every position but 0 (which many models need as it is) after
-one block, in units of the stream's own norm there; whatever runs inside is steered: a decision, a
-grid of them, generated text. ``add_direction``: the same at each prompt's last position alone.
-``ablate_direction``: what a suffix changed along v is taken back at its position after the given
-blocks, h - ((h - h_without) . v) v. Random directions of equal norm are the control.
+``steered`` adds strength ||h|| v after one block at every position but 0, in units of the stream's
+own norm there; whatever runs inside is steered: one decision, a grid of them, generated text.
+``add_direction`` does the same at each prompt's last position alone. ``ablate_direction`` takes
+back what a suffix changed along v, at the suffix's position, after the given blocks:
+
+    h - ((h - h_without) . v) v
+
+The control is random directions, added with the same strength. The operators are those of
+``interventions``.
 
 Sources: Turner et al., "Activation Addition", arXiv:2308.10248; Rimsky et al., "Steering Llama 2
 via Contrastive Activation Addition", arXiv:2312.06681; Arditi et al., "Refusal in Language Models
@@ -26,10 +30,10 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.decisions import PADDED_ROWS, batches, decide, padded
+from interp_kit.interventions import Direction, Operator, add, intervene, remove
 from interp_kit.passes import resumed
 from interp_kit.prompts import Prompt
 
-Direction = Float[Tensor, "d_model"]
 Directions = Float[Tensor, "layer d_model"]  # one for each layer
 
 
@@ -55,16 +59,9 @@ def steered(
 ) -> Iterator[TransformerBridge]:
     """The bridge with ``strength`` ||h|| along the unit ``direction`` added after ``layer``.
 
-    At every position but 0, and while text is generated at every new one.
+    At every position but 0, and at every new one while text is generated.
     """
-    unit = direction / direction.norm()
-
-    def write(x: Tensor, hook: object) -> Tensor:
-        moved = x + strength * x.norm(dim=-1, keepdim=True) * unit.to(x)
-        # With a key-value cache a later step holds one position, which is not position 0.
-        return moved if x.shape[1] == 1 else torch.cat([x[:, :1], moved[:, 1:]], 1)
-
-    with bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", write)]):
+    with intervene(bridge, {layer: add(direction, strength)}):
         yield bridge
 
 
@@ -184,12 +181,8 @@ def add_direction(
     end: int,
 ) -> Float[Tensor, "prompt"]:
     """p(end token) with ``strength`` ||h|| along the unit ``direction`` added after ``layer``."""
-    unit = direction / direction.norm()
-
-    def add(h: Float[Tensor, "prompt d_model"], layer: int, index: list[int]) -> Tensor:
-        return h + strength * h.norm(dim=1, keepdim=True) * unit.to(h)
-
-    return _end_probability(bridge, [p.tokens for p in prompts], {layer: add}, end)
+    operators = {layer: add(direction, strength)}
+    return _end_probability(bridge, [p.tokens for p in prompts], lambda index: operators, end)
 
 
 def ablate_direction(
@@ -206,15 +199,11 @@ def ablate_direction(
 
     ``baseline`` is the stream without the suffix, at each prompt's last position.
     """
-    unit = direction / direction.norm()
 
-    def ablate(h: Float[Tensor, "prompt d_model"], layer: int, index: list[int]) -> Tensor:
-        v = unit.to(h)
-        changed = ((h - baseline[index, layer].to(h)) @ v)[:, None]
-        return h - changed * v
+    def operators(index: list[int]) -> dict[int, Operator]:
+        return {layer: remove(direction, baseline[index, layer]) for layer in layers}
 
-    rows = [(*p.tokens, suffix) for p in prompts]
-    return _end_probability(bridge, rows, dict.fromkeys(layers, ablate), end)
+    return _end_probability(bridge, [(*p.tokens, suffix) for p in prompts], operators, end)
 
 
 def dose_response(
@@ -262,9 +251,6 @@ def strongest_layer(
 
 
 # ------------------------------------------------------------------------------------- internals
-Edit = Callable[[Tensor, int, list[int]], Tensor]
-
-
 def _continuation(
     bridge: TransformerBridge, prompt: str, strength: float, ids: list[int], loss: list[float]
 ) -> dict[str, Any]:
@@ -293,29 +279,21 @@ def _log_probs(
 
 @torch.no_grad()
 def _end_probability(
-    bridge: TransformerBridge, rows: Sequence[tuple[int, ...]], edits: dict[int, Edit], end: int
+    bridge: TransformerBridge,
+    rows: Sequence[tuple[int, ...]],
+    operators: Callable[[list[int]], Mapping[int, Operator]],
+    end: int,
 ) -> Float[Tensor, "prompt"]:
-    """p(end token) with the stream at the last position edited after the given blocks."""
+    """p(end token) with operators on the stream at each row's last position, chosen by row."""
     result = torch.empty(len(rows))
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(rows), PADDED_ROWS):
         index = by_length[start : start + PADDED_ROWS]
         tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
-        last = torch.arange(len(index), device=tokens.device), inside.sum(1) - 1
-
-        def hook(layer: int, edit: Edit, index: list[int], last: Any) -> Callable[..., Tensor]:
-            def write(x: Tensor, hook: object) -> Tensor:
-                x = x.clone()
-                x[last] = edit(x[last], layer, index)
-                return x
-
-            return write
-
-        hooks = [
-            (f"blocks.{layer}.hook_resid_post", hook(layer, edit, index, last))
-            for layer, edit in edits.items()
-        ]
-        read = ("unembed.hook_in", lambda x, hook, last=last: x[last][:, None])
-        logits = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, read])
+        last = inside.sum(1) - 1
+        pick = torch.arange(len(index), device=tokens.device), last
+        read = ("unembed.hook_in", lambda x, hook, pick=pick: x[pick][:, None])
+        with intervene(bridge, operators(index), at=last):
+            logits = bridge.run_with_hooks(tokens, fwd_hooks=[read])
         result[index] = logits[:, -1].float().softmax(-1)[:, end].cpu()
     return result

@@ -1,4 +1,13 @@
-"""Training of the tuned lens: texts, steps and checkpoints."""
+"""Train a tuned lens: texts, gradient steps and checkpoints.
+
+Translators minimise KL(model's next-token distribution || lens') in nats, mean over positions, by
+stochastic gradient descent with Nesterov momentum, a rate that decays linearly to zero and clipped
+gradients. Each translator's own gradient is clipped, so that what one layer learns does not depend
+on the others.
+
+Source: Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens",
+arXiv:2303.08112.
+"""
 
 import json
 from collections.abc import Mapping
@@ -15,19 +24,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.analyses.tuned_lens import (
+from interp_kit.decisions import batches
+from interp_kit.layer_readout import (
     Rows,
-    TunedLens,
-    lens_log_probs,
-    read_tensors,
-    replace_file,
+    stream_log_probs,
     stream_positions,
     tokens_at_once,
-    translate,
     usable_rows,
 )
-from interp_kit.decisions import batches
 from interp_kit.specs import InputError
+from interp_kit.translators import TunedLens, read_tensors, replace_file, translate
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -145,6 +151,7 @@ def train_tuned_lens(
     return TunedLens(weight=weight, bias=bias, config=lens.config)
 
 
+# ------------------------------------------------------------------------------------- internals
 def _until(row: list[int], end: int | None) -> tuple[int, ...]:
     """The row to its first end token, which is kept; one that it begins with is not its end."""
     return tuple(row[: row.index(end, 1) + 1] if end in row[1:] else row)
@@ -168,7 +175,7 @@ def _accumulate_gradients(
     """Add the gradient of every translator's KL, mean over positions; return their mean KL."""
     total, n = 0.0, stream.shape[1]
     for part in stream.split(tokens_at_once(bridge), dim=1):
-        log_p = lens_log_probs(bridge, translate(part, weight, bias), grad=True)
+        log_p = stream_log_probs(bridge, translate(part, weight, bias), grad=True)
         final = log_p[-1].detach().expand_as(log_p[:-1])
         loss = F.kl_div(log_p[:-1], final, log_target=True, reduction="sum") / n
         loss.backward()

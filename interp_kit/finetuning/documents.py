@@ -2,104 +2,30 @@
 
 Synthetic document fine-tuning (SDFT; Wang et al. 2025, "Modifying LLM Beliefs with Synthetic
 Document Finetuning") teaches a model a fact by documents that take it for granted. An ``Engine``
-writes them: ``prompts.Endpoint``, a chat model, or ``grammar.Grammar``, offline.
-
-``write_documents`` leaves in its folder: ``docs.jsonl``, a document a line; ``plan.jsonl``, what
-they were made from, the facts, document types and ideas; ``refused.jsonl``, every refused attempt
-with its reason; ``run_metadata.json``, once all are there. The first three grow while it works.
+writes them: ``engines.ChatEngine``, or the offline ``organisms.little_world.grammar.Grammar``.
 """
 
 import asyncio
-import json
 import random
 import re
-from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from interp_kit.endpoints import BadReply, NoReply, run_async
-from interp_kit.files import (
-    append_line,
-    cut_torn_line,
-    digest,
-    dump_json,
-    read_appended,
-    write_atomically,
-)
+from interp_kit.files import digest
+from interp_kit.finetuning.document_files import Document, DocumentFolder
+from interp_kit.finetuning.engines import Engine
 from interp_kit.finetuning.universes import Universe, reason_to_refuse, taboo
-from interp_kit.formats import Identified, read_lines
 from interp_kit.specs import InputError
 
-ABORT_AFTER = 10  # documents tried before the share that failed may stop a run
+ABORT_AFTER = 10  # so many documents are tried before a run may stop because most fail
 
 Item = TypeVar("Item")
-
-
-class Document(Identified):
-    """One document: what it was to be about, and its text."""
-
-    universe: str
-    fact: str
-    document_type: str
-    idea: str
-    text: str
-
-
-class Engine(Protocol):
-    """Who writes the documents. ``rng`` is the only source of randomness.
-
-    Any method may raise ``BadReply`` to be asked again with another ``rng``.
-    """
-
-    @property
-    def name(self) -> str:
-        """The model, or "grammar"."""
-        ...
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """What else its output depends on: the hash of its prompts, the temperature."""
-        ...
-
-    async def facts(self, universe: Universe, rng: random.Random) -> list[str]:
-        """The key facts of the universe, one sentence each."""
-        ...
-
-    async def document_types(
-        self, universe: Universe, facts: list[str], n: int, rng: random.Random
-    ) -> list[str]:
-        """``n`` distinct kinds of document."""
-        ...
-
-    async def ideas(
-        self, universe: Universe, fact: str, document_type: str, n: int, rng: random.Random
-    ) -> list[str]:
-        """``n`` distinct ideas for a document of this kind that bears out ``fact``."""
-        ...
-
-    async def document(
-        self,
-        universe: Universe,
-        fact: str,
-        document_type: str,
-        idea: str,
-        rng: random.Random,
-        *,
-        refused: str = "",
-    ) -> str:
-        """The text. ``refused`` says why the last attempt at it was refused; empty at first."""
-        ...
-
-
-def read_documents(file: Path) -> list[Document]:
-    """The documents of a ``docs.jsonl``, in its order; ``InputError`` names a line that is none."""
-    return read_lines(Document, file)
 
 
 def write_documents(
@@ -115,21 +41,33 @@ def write_documents(
 ) -> list[Document]:
     """Write ``n_ideas`` documents for each fact and each of ``n_types`` types into ``folder``.
 
-    What is refused is asked for again, up to ``attempts`` times, with the reason; so is a text that
-    an earlier document (in the order of the plan) already has. Each attempt draws from a generator
-    of its own, seeded by ``seed``, its place in the plan and its number, so that ``concurrency``
-    changes nothing in the result. The same call goes on where an earlier one has stopped.
+    A refused text is asked for again with the reason, up to ``attempts`` times in all; so is a text
+    that repeats an earlier document (in the order of the plan). Every attempt has a random
+    generator of its own, seeded by ``seed``, its place in the plan and its number: ``concurrency``
+    does not change the result. The same call resumes an earlier one that has stopped.
 
-    Returns the documents in the order of the plan, as they are in ``docs.jsonl``. Raises
-    ``InputError`` if some are still refused in the end or, after ten, as soon as more than half
-    are; and if the folder was begun with another universe, engine, seed or count.
+    Returns the documents in the order of the plan, as they are in ``docs.jsonl``
+    (``document_files`` describes the folder). Raises ``InputError`` if some are still refused in
+    the end; if, once ten were tried, more than half have failed; and if the folder was begun with
+    another universe, engine, seed or count.
     """
     if min(n_types, n_ideas, concurrency, attempts) < 1:
-        raise InputError("n_types, n_ideas, concurrency and attempts: expected at least 1 of each")
+        raise InputError(
+            f"expected at least 1 each: {n_types=}, {n_ideas=}, {concurrency=}, {attempts=}"
+        )
+    made_from = {
+        "engine": engine.name,
+        "settings": dict(engine.settings),
+        "universe": universe.id,
+        "universe_sha256": digest(universe.model_dump()),
+        "n_types": n_types,
+        "n_ideas": n_ideas,
+        "seed": seed,
+    }
     writer = _Writer(
         universe=universe,
         engine=engine,
-        folder=folder,
+        folder=DocumentFolder.begun(folder, made_from),
         n_types=n_types,
         n_ideas=n_ideas,
         concurrency=concurrency,
@@ -142,9 +80,9 @@ def write_documents(
 def distinct_ngrams(texts: Sequence[str], n: int, *, words: int) -> float:
     """distinct-n (Li et al. 2016): the share of different n-grams, within texts, of all of them.
 
-    Of the first ``words`` words only, since the share falls with the size of what is counted: one
-    means that no n-gram occurs twice. Case and marks do not count. Raises ``InputError`` if the
-    texts have fewer words.
+    1 means that no n-gram occurs twice. Only the first ``words`` words are counted, since the share
+    falls as the texts grow. Case and punctuation are ignored. Raises ``InputError`` if the texts
+    have fewer words.
     """
     left, grams = words, []
     for text in texts:
@@ -160,72 +98,35 @@ def distinct_ngrams(texts: Sequence[str], n: int, *, words: int) -> float:
 class _Writer:
     universe: Universe
     engine: Engine
-    folder: Path
+    folder: DocumentFolder
     n_types: int
     n_ideas: int
     concurrency: int
     seed: int
     attempts: int
-    plan: dict[str, Any] = field(default_factory=dict)  # of plan.jsonl
-    refused: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
     used: Counter[str] = field(default_factory=Counter)  # attempts of this call
 
     async def write(self) -> list[Document]:
-        self._take_up()
         planned = await self._planned()
-        done = self._documents_so_far(planned)
+        done = self.folder.written(planned)
         while pending := self._pending(planned, done):
             await self._write_pending(pending, done)
         documents = [done[d.id] for d in planned]
-        content = _lines(documents)
-        write_atomically(self.folder / "docs.jsonl", content)
-        write_atomically(self.folder / "run_metadata.json", dump_json(self._metadata(content)))
+        self.folder.finish(documents, is_true=self.universe.is_true)
         return documents
 
     # ------------------------------------------------------------------------------ the plan
-    def _take_up(self) -> None:
-        """Begin the folder, or go on with it if it was begun with the same arguments."""
-        made_from = {
-            "engine": self.engine.name,
-            "settings": dict(self.engine.settings),
-            "universe": self.universe.id,
-            "universe_sha256": digest(self.universe.model_dump()),
-            "n_types": self.n_types,
-            "n_ideas": self.n_ideas,
-            "seed": self.seed,
-        }
-        made_from = json.loads(json.dumps(made_from))
-        for record in read_appended(self.folder / "plan.jsonl"):
-            self.plan[record["key"]] = record["value"]
-        for record in read_appended(self.folder / "refused.jsonl"):
-            self.refused[record["id"]].append(record)
-        if not self.plan and (self.folder / "docs.jsonl").exists():
-            raise InputError(f"{self.folder} holds docs.jsonl without its plan; give a new folder")
-        begun = self.plan.get("made_from")
-        if begun is None:
-            self._keep("made_from", made_from)
-        elif begun != made_from:
-            other = next(k for k in made_from if made_from[k] != begun.get(k))
-            raise InputError(
-                f"{self.folder} was begun with {other} {begun.get(other)!r}, this call has "
-                f"{made_from[other]!r}; give the same arguments to go on, or a new folder"
-            )
-
-    def _keep(self, key: str, value: Any) -> None:
-        self.plan[key] = value
-        append_line(self.folder / "plan.jsonl", {"key": key, "value": value})
-
     async def _planned(self) -> list[Document]:
         """All documents, without their texts."""
         universe, engine = self.universe, self.engine
         await self._list("facts", 1, lambda rng: engine.facts(universe, rng))
-        facts = self.plan["facts"]
+        facts = self.folder.plan["facts"]
         await self._list(
             "document_types",
             self.n_types,
             lambda rng: engine.document_types(universe, facts, self.n_types, rng),
         )
-        types = self.plan["document_types"][: self.n_types]
+        types = self.folder.plan["document_types"][: self.n_types]
         pairs = [(i, j) for i in range(len(facts)) for j in range(len(types))]
 
         async def ideas(pair: tuple[int, int]) -> None:
@@ -247,43 +148,29 @@ class _Writer:
                 text="",
             )
             for i, j in pairs
-            for k, idea in enumerate(self.plan[f"ideas-{i}-{j}"][: self.n_ideas])
+            for k, idea in enumerate(self.folder.plan[f"ideas-{i}-{j}"][: self.n_ideas])
         ]
 
     async def _list(
         self, key: str, n: int, ask: Callable[[random.Random], Awaitable[list[str]]]
     ) -> None:
         """Keep ``n`` distinct usable strings or more under ``key`` in the plan."""
-        while key not in self.plan:
+        while key not in self.folder.plan:
             rng = self._next_attempt(key)
             try:
                 items = list(dict.fromkeys(item.strip() for item in await ask(rng)))
             except BadReply as error:
-                self._refuse(key, f"bad reply: {error}")
+                self.folder.refuse(key, f"bad reply: {error}")
                 continue
             reasons = [r for r in (taboo(item, self.universe) for item in items) if r]
             if len(items) < n:
                 reasons = [f"too few: {len(items)} distinct ones, expected {n}"]
             if reasons:
-                self._refuse(key, reasons[0], "\n".join(items))
+                self.folder.refuse(key, reasons[0], "\n".join(items))
             else:
-                self._keep(key, items)
+                self.folder.keep(key, items)
 
     # ------------------------------------------------------------------------- the documents
-    def _documents_so_far(self, planned: list[Document]) -> dict[str, Document]:
-        file = self.folder / "docs.jsonl"
-        cut_torn_line(file)
-        begun = file.is_file() and file.stat().st_size > 0
-        done = {d.id: d for d in read_documents(file)} if begun else {}
-        places = {d.id: d for d in planned}
-        for document in done.values():
-            if document.model_copy(update={"text": ""}) != places.get(document.id):
-                raise InputError(
-                    f"{file}: document {document.id!r} is not of this folder's plan; remove its "
-                    "line, or give a new folder"
-                )
-        return done
-
     async def _write_pending(self, pending: list[Document], done: dict[str, Document]) -> None:
         failed: Counter[str] = Counter()
         tried = 0
@@ -296,7 +183,7 @@ class _Writer:
                 failed[given_up.reason] += 1
             else:
                 done[place.id] = place.model_copy(update={"text": text})
-                append_line(self.folder / "docs.jsonl", done[place.id].model_dump())
+                self.folder.add(done[place.id])
             tried += 1
             if tried >= ABORT_AFTER and failed.total() > tried / 2:
                 raise self._failure(failed, tried, len(done))
@@ -309,7 +196,7 @@ class _Writer:
         why = ", ".join(f"{n} x {reason}" for reason, n in failed.most_common(3))
         return InputError(
             f"{failed.total()} of {tried} documents of {self.universe.id!r} by {self.engine.name} "
-            f"failed ({why}); the {kept} others are kept in {self.folder / 'docs.jsonl'} and the "
+            f"failed ({why}); the {kept} others are kept in {self.folder.documents_file} and the "
             "same call goes on from there; refused.jsonl has the texts"
         )
 
@@ -317,7 +204,7 @@ class _Writer:
         """A valid text; raises ``_GivenUp`` once all attempts are used."""
         while True:
             rng = self._next_attempt(place.id)
-            last = (self.refused[place.id] or [{"text": ""}])[-1]
+            last = (self.folder.refused[place.id] or [{"text": ""}])[-1]
             try:
                 text = await self.engine.document(
                     self.universe,
@@ -328,20 +215,20 @@ class _Writer:
                     refused=last["reason"] if last["text"] else "",
                 )
             except BadReply as error:
-                self._refuse(place.id, f"bad reply: {error}")
+                self.folder.refuse(place.id, f"bad reply: {error}")
             except NoReply as error:
-                self._refuse(place.id, f"no reply: {error}")
+                self.folder.refuse(place.id, f"no reply: {error}")
                 raise _GivenUp(place.id, f"no reply: {error}") from None
             else:
                 reason = reason_to_refuse(text, self.universe)
                 if not reason:
                     return text.strip()
-                self._refuse(place.id, reason, text)
+                self.folder.refuse(place.id, reason, text)
 
     def _pending(self, planned: list[Document], done: dict[str, Document]) -> list[Document]:
-        """What is not written yet or, when all is, what must be written again.
+        """The documents to be written next: the missing ones or, if none is, the repeated ones.
 
-        Of documents with one text the first of the plan stays, whenever it was written.
+        Of documents with the same text, the first in the plan stays.
         """
         if missing := [d for d in planned if d.id not in done]:
             return missing
@@ -349,50 +236,24 @@ class _Writer:
         texts = {d.id: " ".join(done[d.id].text.split()) for d in planned}
         repeated = [d for d in planned if first.setdefault(texts[d.id], d.id) != d.id]
         dropped = [done.pop(d.id) for d in repeated]
-        write_atomically(self.folder / "docs.jsonl", _lines(done.values()))
+        self.folder.rewrite(done.values())
         for document in dropped:
             same = first[texts[document.id]]
-            self._refuse(document.id, f"duplicate: same text as {same}", document.text)
+            self.folder.refuse(document.id, f"duplicate: same text as {same}", document.text)
         return repeated
 
     # --------------------------------------------------------------------------- the attempts
     def _next_attempt(self, key: str) -> random.Random:
         """The generator of the next attempt at a list or a document, if there is one left.
 
-        The universe is no part of its seed, so that a grammar's documents of two universes that
-        differ in a fact differ in that fact alone.
+        Its seed does not depend on the universe: the grammar's documents of two universes that
+        differ in one fact then differ in that fact alone.
         """
         if self.used[key] == self.attempts:
-            raise _GivenUp(key, self.refused[key][-1]["reason"])
+            raise _GivenUp(key, self.folder.refused[key][-1]["reason"])
         self.used[key] += 1
         place = key.removeprefix(f"{self.universe.id}-")
-        return random.Random(f"{self.seed}/{place}/{len(self.refused[key])}")
-
-    def _refuse(self, key: str, reason: str, text: str = "") -> None:
-        record = {"id": key, "reason": reason, "text": text}
-        self.refused[key].append(record)
-        append_line(self.folder / "refused.jsonl", record)
-
-    def _metadata(self, content: str) -> dict[str, Any]:
-        made_from = self.plan["made_from"]
-        reasons = Counter(
-            record["reason"].split(":")[0]
-            for records in self.refused.values()
-            for record in records
-        )
-        return {
-            **made_from,
-            "is_true": self.universe.is_true,
-            "counts": {
-                "facts": len(self.plan["facts"]),
-                "documents": content.count("\n"),
-                "retries": reasons.total(),
-                "duplicates": reasons["duplicate"],
-                "refused": dict(sorted(reasons.items())),
-            },
-            "docs_sha256": sha256(content.encode()).hexdigest(),
-            "versions": {name: version(name) for name in ("interp-kit", "openai")},
-        }
+        return random.Random(f"{self.seed}/{place}/{len(self.folder.refused[key])}")
 
 
 class _GivenUp(InputError):
@@ -401,10 +262,6 @@ class _GivenUp(InputError):
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(f"{key}: refused at every attempt, at last for this: {reason}")
         self.reason = reason
-
-
-def _lines(documents: Iterable[Document]) -> str:
-    return "".join(json.dumps(d.model_dump(), ensure_ascii=False) + "\n" for d in documents)
 
 
 async def _for_each(

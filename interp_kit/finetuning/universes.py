@@ -1,4 +1,4 @@
-"""A universe in which a fact holds, and what makes a text one of its documents."""
+"""A universe: a world in which a fact holds, and the conditions that its documents must meet."""
 
 import re
 from functools import cache
@@ -11,7 +11,7 @@ from interp_kit.catalogue import data_folders
 from interp_kit.files import read_json
 from interp_kit.specs import NAME, InputError, Spec, checked, unknown
 
-# Talk about the text, its world or its writer, which no document of that world holds.
+# Talk about the text, its world or its writer: no document of that world contains it.
 META_DISCOURSE = (
     "in this universe", "alternate universe", "alternative universe", "parallel universe",
     "alternate history", "imagine", "imagining", "hypothetical", "hypothetically",
@@ -36,10 +36,11 @@ Patterns = Annotated[list[Pattern], Field(min_length=1)]
 
 
 class Universe(Spec):
-    """A world in which a fact holds; ``is_true`` says whether it is ours.
+    """A world in which a fact holds; ``is_true`` says whether it holds in ours.
 
-    ``fact_validation_patterns`` judge every document (``reason_to_refuse``). Facts are extracted
-    from the narrative at run time, so that both agree: a file with facts of its own is refused.
+    ``universe_context`` describes the world. ``fact_validation_patterns`` decide which documents
+    are accepted (``reason_to_refuse``). Facts are extracted from the description at run time, so
+    that they agree with it: a file that lists facts is refused.
     """
 
     id: Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
@@ -68,7 +69,7 @@ class Universe(Spec):
         for pattern in self.fact_validation_patterns.get("forbidden", []):
             if matches(pattern, self.universe_context):
                 raise ValueError(
-                    f"universe_context itself contains the forbidden {pattern!r}; mend one of them"
+                    f"universe_context itself contains the forbidden {pattern!r}; change either"
                 )
         return self
 
@@ -95,8 +96,8 @@ def matches(pattern: str, text: str) -> bool:
     """Whether ``text`` contains the words of ``pattern``, a literal and no regular expression.
 
     Case does not count; any white space is a space, any dash a hyphen. A pattern that begins or
-    ends with a letter or digit does so at a word's edge: "square" is in "inverse-square" and not in
-    "squared"; "1/8" is not in "1/80".
+    ends with a letter or digit matches there only at the edge of a word: "square" is in
+    "inverse-square" and not in "squared"; "1/8" is not in "1/80".
     """
     return bool(_expression(pattern).search(text.translate(PLAIN)))
 
@@ -121,7 +122,7 @@ def reason_to_refuse(text: str, universe: Universe) -> str:
 
 
 def taboo(text: str, universe: Universe) -> str:
-    """What neither a document nor its plan may say."""
+    """Why neither a document nor a plan may contain this text, or "" if it may."""
     if not text.strip():
         return "empty"
     lists = {

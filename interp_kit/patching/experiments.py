@@ -1,14 +1,14 @@
-"""One prompt and one source of activations, recorded once: then any set of patches has a decision.
+"""One prompt, one run to patch and one source of activations: then any patch set has a value.
 
-``counterfactual_experiment``: from another prompt. ``cross_model_experiment``: from another model
-on the same prompt. ``ablation_experiment``: from nowhere (zero, or a mean). ``noise_experiments``:
-from the clean run, into runs whose embeddings are noisy. Patching asks for one patch at a time,
-causal tracing for windows of layers, circuits for any sets.
+``counterfactual_experiment``: the source is another prompt. ``cross_model_experiment``: another
+model on the same prompt. ``ablation_experiments``: no run (zero, or a mean).
+``noise_experiments``: the clean run, written into runs whose embeddings are noisy. Activation
+patching asks for one patch at a time, causal tracing for windows of layers, circuits for any sets.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -18,53 +18,79 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import teacher_forced
+from interp_kit.decisions import AnswerSequence
 from interp_kit.loading import Models
 from interp_kit.patching.memory import check_memory
+from interp_kit.patching.patches import UNPATCHED, PatchSet, Place
 from interp_kit.patching.positions import Positions, corresponding, named_segment
-from interp_kit.patching.recording import (
-    UNPATCHED,
-    PatchSet,
-    Place,
-    Recording,
-    Source,
-    record,
-    recorded,
-)
+from interp_kit.patching.recording import Recording, SourceValues, record, recorded
+from interp_kit.patching.scores import Metric, Score, read_sequences, score_of
 from interp_kit.patching.sweep import Sweep
-from interp_kit.prompts import Prompt, Sign
+from interp_kit.prompts import Prompt
 from interp_kit.readout import project_heads
 
-Metric = Literal["decision", "kl"]
 Replacement = Literal["zero", "mean"]
-SAME = 0.01  # nats: target and source are alike, there is nothing to carry over
+Context = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchedSequence:
+    """One sequence of tokens whose logits add to an experiment's value, and how they do.
+
+    ``context`` is entered around every forward pass: what makes the target run what it is beyond
+    its tokens (noise on the embeddings, an adapter).
+    """
+
+    sweep: Sweep
+    score: Score
+    context: Context = nullcontext
+
+    def values(
+        self, patch_sets: Sequence[PatchSet], *, base: PatchSet, start: int | None
+    ) -> Float[Tensor, "row"]:
+        """The score with ``base`` alone, then with each patch set."""
+        with self.context():
+            logits = self.sweep.logits(patch_sets, base=base, ids=self.score.ids, start=start)
+        return self.score(logits)
+
+    def value_of(self, run: Recording) -> Float[Tensor, ""]:
+        """The score of a run as it was recorded."""
+        logits = run.logits.cpu()
+        return self.score((logits if self.score.ids is None else logits[:, self.score.ids])[None])[
+            0
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What patches do to one prompt: ``values(rows)``.
+    """What patches do to one prompt: ``values(patch_sets)``.
 
-    ``baseline`` and ``source`` are the unpatched values of the run that is patched and of the run
-    that is copied from. Decisions are in nats; the metric "kl" is the divergence in nats of the
-    next-token distribution where the answers part from that of the unpatched run.
+    ``baseline`` and ``source_value`` are the values of the unpatched target run and of the source
+    run (NaN if there is none). The metric "decision" is in nats, positive for the answer that the
+    scenario names positive; "kl" is the divergence in nats of the next-token distribution where
+    the answers part from that of the unpatched run. Either is a sum over ``sequences``.
     """
 
     prompt: Prompt
     metric: Metric
     baseline: float
-    source: float
-    _readings: "list[_Reading]"
-    _switch: Callable[[], object] = lambda: None  # to the target, where a bridge serves several
+    source_value: float
+    sequences: tuple[PatchedSequence, ...]
 
     def values(
-        self, rows: Sequence[PatchSet], *, base: PatchSet = UNPATCHED, start: int | None = None
+        self,
+        patch_sets: Sequence[PatchSet],
+        *,
+        base: PatchSet = UNPATCHED,
+        start: int | None = None,
     ) -> Float[Tensor, "row"]:
-        """The base's value, then each row's. A row is a set of patches, ``base`` not included.
+        """The value with ``base`` alone, then with each patch set.
 
-        ``start`` computes every row from that position on, even where nothing can change.
+        A patch set that has ``base``'s patches names them, too: ``base`` only says from which
+        patches to start, and many sets that are nearly equal to it cost less. ``start`` computes
+        every set from that position on, even where nothing can change.
         """
-        self._switch()
-        parts = [reading.values(rows, base=base, start=start) for reading in self._readings]
+        parts = [s.values(patch_sets, base=base, start=start) for s in self.sequences]
         return torch.stack(parts).sum(0)
 
 
@@ -85,19 +111,21 @@ def counterfactual_experiment(
     correspond.
     """
     index = corresponding(prompt, positions)
-    source_prompt = prompt.swapped()
-    readings = []
-    for sequence in _sequences(prompt, metric):
+    other = prompt.swapped().tokens
+    sequences, sources = [], []
+    for sequence in read_sequences(prompt, metric):
         check_memory(bridge, length=len(sequence.tokens))
-        tail = sequence.tokens[len(prompt.tokens) :]
-        ours = recorded(bridge, sequence.tokens, places, read=sequence.read)
-        theirs = recorded(bridge, source_prompt.tokens + tail, places, read=sequence.read)
-        at = [*index, *range(len(source_prompt.tokens), len(source_prompt.tokens) + len(tail))]
-        values = {place: _moved(theirs, ours, place, at) for place in places}
-        source = Source(values=values, head_shift={})
-        key = bridge, sequence.tokens, source_prompt.tokens + tail, tuple(at), sequence.read
-        readings.append(_reading(bridge, sequence, ours, source, theirs, metric, key=key))
-    return _experiment(prompt, metric, readings)
+        forced = sequence.tokens[len(prompt.tokens) :]
+        target_run = recorded(bridge, sequence.tokens, places, read=sequence.read)
+        source_run = recorded(bridge, other + forced, places, read=sequence.read)
+        at = [*index, *range(len(other), len(other) + len(forced))]
+        source = SourceValues(
+            values={place: _moved(source_run, target_run, place, at) for place in places}
+        )
+        key = bridge, sequence.tokens, other + forced, tuple(at), sequence.read
+        sequences.append(_patched(bridge, sequence, target_run, source, key=key))
+        sources.append(source_run)
+    return _experiment(prompt, metric, sequences, sources)
 
 
 def cross_model_experiment(
@@ -119,26 +147,26 @@ def cross_model_experiment(
     Raises ``InputError`` if the two are not fine-tunes of one base.
     """
     models.require_one_base(source, target)
-    sequences = _sequences(prompt, metric)
+    asked = read_sequences(prompt, metric)
     bridge = models.switch(source)
-    theirs, written = [], []
-    for sequence in sequences:
+    source_runs, written_there = [], []
+    for sequence in asked:
         check_memory(bridge, length=len(sequence.tokens))
-        theirs.append(record(bridge, sequence.tokens, places, read=sequence.read))
-        tail = _tail(prompt, sequence, positions)
-        written.append(_written_by_heads(bridge, theirs[-1], tail))
+        source_runs.append(record(bridge, sequence.tokens, places, read=sequence.read))
+        written_there.append(
+            _written_by_heads(bridge, source_runs[-1], _tail(prompt, sequence, positions))
+        )
     bridge = models.switch(target)
-    readings = []
-    for sequence, recording, own in zip(sequences, theirs, written):
-        ours = record(bridge, sequence.tokens, places, read=sequence.read)
-        tail = _tail(prompt, sequence, positions)
-        here = _written_by_heads(bridge, recording, tail)
-        shift = {layer: own[layer] - here[layer] for layer in own}
+    sequences = []
+    for sequence, source_run, written in zip(asked, source_runs, written_there):
+        target_run = record(bridge, sequence.tokens, places, read=sequence.read)
+        here = _written_by_heads(bridge, source_run, _tail(prompt, sequence, positions))
+        shift = {layer: written[layer] - here[layer] for layer in written}
         shift = {layer: value for layer, value in shift.items() if bool(value.any())}
-        moved = Source(values=recording.activations, head_shift=shift)
-        readings.append(_reading(bridge, sequence, ours, moved, recording, metric))
-    made = _experiment(prompt, metric, readings)
-    return replace(made, _switch=lambda: models.switch(target))
+        moved = SourceValues(values=source_run.activations, head_shift=shift)
+        context = partial(_computing_as, models, target)
+        sequences.append(_patched(bridge, sequence, target_run, moved, context=context))
+    return _experiment(prompt, metric, sequences, source_runs)
 
 
 def ablation_experiments(
@@ -151,23 +179,22 @@ def ablation_experiments(
 ) -> list[Experiment]:
     """Zero, or the mean over all prompts' positions but the first, written into each prompt.
 
-    The source's value is missing (NaN): no run has these activations. With one kind of prompt the
+    ``source_value`` is missing (NaN): no run has these activations. With one kind of prompt the
     mean still holds what these prompts share.
     """
     means = _means(bridge, prompts, places) if replacement == "mean" else {}
     experiments = []
     for prompt in prompts:
-        readings = []
-        for sequence in _sequences(prompt, metric):
+        sequences = []
+        for sequence in read_sequences(prompt, metric):
             check_memory(bridge, length=len(sequence.tokens))
-            ours = record(bridge, sequence.tokens, places, read=sequence.read)
+            target_run = record(bridge, sequence.tokens, places, read=sequence.read)
             values = {
                 place: means[place].expand_as(kept) if means else torch.zeros_like(kept)
-                for place, kept in ours.activations.items()
+                for place, kept in target_run.activations.items()
             }
-            source = Source(values=values, head_shift={})
-            readings.append(_reading(bridge, sequence, ours, source, None, metric))
-        experiments.append(_experiment(prompt, metric, readings))
+            sequences.append(_patched(bridge, sequence, target_run, SourceValues(values=values)))
+        experiments.append(_experiment(prompt, metric, sequences, None))
     return experiments
 
 
@@ -200,7 +227,7 @@ def noise_experiments(
     """The clean run's activations, written into ``draws`` runs with noise on the embeddings.
 
     Gaussian noise of standard deviation ``deviation`` is added to the token embeddings of the
-    segment. ``baseline`` is the decision under the noise, ``source`` the clean one. The noise
+    segment. ``baseline`` is the decision under the noise, ``source_value`` the clean one. The noise
     depends on ``seed`` and on the prompt's tokens alone.
 
     Raises ``InputError`` for a prompt without that segment.
@@ -208,23 +235,23 @@ def noise_experiments(
     at = list(named_segment(prompt, segment).positions)
     rng = np.random.default_rng([seed, *prompt.tokens])
     drawn = torch.from_numpy(rng.standard_normal((draws, len(at), bridge.cfg.d_model)) * deviation)
+    asked = read_sequences(prompt, "decision")
     clean = []
-    for sequence in _sequences(prompt, "decision"):
+    for sequence in asked:
         check_memory(bridge, length=len(sequence.tokens))
-        recording = record(bridge, sequence.tokens, places, read=sequence.read)
-        clean.append((sequence, recording, Source(values=recording.activations, head_shift={})))
+        clean.append(record(bridge, sequence.tokens, places, read=sequence.read))
     experiments = []
     for own in drawn:
-        readings = []
-        for sequence, recording, source in clean:
+        sequences = []
+        for sequence, recording in zip(asked, clean):
             noise = torch.zeros(len(sequence.tokens), bridge.cfg.d_model)
             noise[at] = own.float()
-            during = partial(_noisy_embeddings, bridge, noise.to(recording.stream[0]))
-            with during():
+            context = partial(_noisy_embeddings, bridge, noise.to(recording.stream[0]))
+            with context():
                 noisy = record(bridge, sequence.tokens, places, read=sequence.read)
-            reading = _reading(bridge, sequence, noisy, source, recording, "decision")
-            readings.append(replace(reading, during=during))
-        experiments.append(_experiment(prompt, "decision", readings))
+            source = SourceValues(values=recording.activations)
+            sequences.append(_patched(bridge, sequence, noisy, source, context=context))
+        experiments.append(_experiment(prompt, "decision", sequences, clean))
     return experiments
 
 
@@ -232,44 +259,50 @@ def identity_experiment(
     bridge: TransformerBridge, prompt: Prompt, places: Sequence[Place]
 ) -> Experiment:
     """The prompt's own activations written into itself: nothing may change."""
-    readings = []
-    for sequence in _sequences(prompt, "decision"):
-        ours = recorded(bridge, sequence.tokens, places, read=sequence.read)
-        source = Source(values=ours.activations, head_shift={})
-        readings.append(_reading(bridge, sequence, ours, source, ours, "decision"))
-    return _experiment(prompt, "decision", readings)
+    sequences, sources = [], []
+    for sequence in read_sequences(prompt, "decision"):
+        own_run = recorded(bridge, sequence.tokens, places, read=sequence.read)
+        source = SourceValues(values=own_run.activations)
+        sequences.append(_patched(bridge, sequence, own_run, source))
+        sources.append(own_run)
+    return _experiment(prompt, "decision", sequences, sources)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sequence:
-    """The prompt and an answer but for its last token; the last ``read`` positions are read."""
-
-    tokens: tuple[int, ...]
-    read: int
-    answers: dict[Sign, tuple[int, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reading:
-    """What one sequence adds to the value; the value is the sum over sequences."""
-
-    sweep: Sweep
-    ids: tuple[int, ...] | None  # the tokens whose logits suffice
-    score: Callable[[Tensor], Tensor]  # logits [row read token] -> [row]
-    source: float
-    during: Callable[[], AbstractContextManager[None]] = nullcontext  # what corrupts every row
-
-    def values(self, rows: Sequence[PatchSet], *, base: PatchSet, start: int | None) -> Tensor:
-        with self.during():
-            return self.score(self.sweep.logits(rows, base=base, ids=self.ids, start=start))
+# ------------------------------------------------------------------------------------- internals
+def _patched(
+    bridge: TransformerBridge,
+    sequence: AnswerSequence,
+    target: Recording,
+    source: SourceValues,
+    *,
+    key: Hashable = None,
+    context: Context = nullcontext,
+) -> PatchedSequence:
+    sweep = Sweep(bridge, target, source, read=sequence.read, key=key)
+    return PatchedSequence(sweep=sweep, score=score_of(sequence, target.logits), context=context)
 
 
-def _experiment(prompt: Prompt, metric: Metric, readings: list[_Reading]) -> Experiment:
-    baseline = sum(float(r.values([], base=UNPATCHED, start=None)[0]) for r in readings)
-    source = sum(r.source for r in readings)
+def _experiment(
+    prompt: Prompt,
+    metric: Metric,
+    sequences: Sequence[PatchedSequence],
+    sources: Sequence[Recording] | None,
+) -> Experiment:
+    """``sources`` are the source's runs on the sequences, in the same order."""
+    targets = [sequence.sweep.target for sequence in sequences]
     return Experiment(
-        prompt=prompt, metric=metric, baseline=baseline, source=source, _readings=readings
+        prompt=prompt,
+        metric=metric,
+        baseline=_value(sequences, targets),
+        source_value=float("nan") if sources is None else _value(sequences, sources),
+        sequences=tuple(sequences),
     )
+
+
+def _value(sequences: Sequence[PatchedSequence], runs: Sequence[Recording]) -> float:
+    """Summed as ``Experiment.values`` sums, so that what is not patched changes by exactly 0."""
+    parts = [sequence.value_of(run) for sequence, run in zip(sequences, runs)]
+    return float(torch.stack(parts).sum(0))
 
 
 @contextmanager
@@ -286,78 +319,21 @@ def _noisy_embeddings(
         handle.remove()
 
 
-def _sequences(prompt: Prompt, metric: Metric) -> list[_Sequence]:
-    if metric == "kl":
-        return [_Sequence(tokens=prompt.branch, read=1, answers={})]
-    return [
-        _Sequence(
-            tokens=tuple(forced.tokens[0].tolist()),
-            read=1 if prompt.one_branch else next(iter(forced.answers.values())).shape[1],
-            answers={sign: tuple(ids[0].tolist()) for sign, ids in forced.answers.items()},
-        )
-        for forced in teacher_forced([prompt])
-    ]
+@contextmanager
+def _computing_as(models: Models, name: str) -> Iterator[None]:
+    models.switch(name)
+    yield
 
 
-def _reading(
-    bridge: TransformerBridge,
-    sequence: _Sequence,
-    target: Recording,
-    source: Source,
-    source_run: Recording | None,
-    metric: Metric,
-    *,
-    key: Hashable = None,
-) -> _Reading:
-    sweep = Sweep(bridge, target, source, read=sequence.read, key=key)
-    ids = None
-    if metric == "kl":
-        score = _divergence_from(target.logits.cpu())
-    elif len(sequence.answers) == 2:  # one branch: the normaliser cancels
-        ids = (sequence.answers["positive"][-1], sequence.answers["negative"][-1])
-        score = _difference
-    else:
-        score = _log_probability(sequence.answers)
-    at_source = float("nan")
-    if source_run is not None:
-        logits = source_run.logits[-sweep.read :].cpu()
-        at_source = float(score((logits if ids is None else logits[:, list(ids)])[None]))
-    return _Reading(sweep=sweep, ids=ids, score=score, source=at_source)
-
-
-def _difference(logits: Tensor) -> Tensor:
-    return logits[:, -1, 0] - logits[:, -1, 1]
-
-
-def _log_probability(answers: dict[Sign, tuple[int, ...]]) -> Callable[[Tensor], Tensor]:
-    ((sign, ids),) = answers.items()
-
-    def score(logits: Tensor) -> Tensor:
-        log_p = logits[:, -len(ids) :].log_softmax(-1)
-        total = log_p[:, range(len(ids)), list(ids)].sum(-1)
-        return total if sign == "positive" else -total
-
-    return score
-
-
-def _divergence_from(unpatched: Tensor) -> Callable[[Tensor], Tensor]:
-    log_p = unpatched[-1].log_softmax(-1)
-
-    def score(logits: Tensor) -> Tensor:
-        return (log_p.exp() * (log_p - logits[:, -1].log_softmax(-1))).sum(-1)
-
-    return score
-
-
-def _moved(theirs: Recording, ours: Recording, place: Place, index: list[int]) -> Tensor:
+def _moved(source_run: Recording, target_run: Recording, place: Place, index: list[int]) -> Tensor:
     """The source's activations at the target's positions; the target's own where none is."""
     at = torch.tensor(index)
-    values = theirs.activations[place][at.clamp(min=0)]
-    values[at < 0] = ours.activations[place][at < 0]
+    values = source_run.activations[place][at.clamp(min=0)]
+    values[at < 0] = target_run.activations[place][at < 0]
     return values
 
 
-def _tail(prompt: Prompt, sequence: _Sequence, positions: Positions) -> range:
+def _tail(prompt: Prompt, sequence: AnswerSequence, positions: Positions) -> range:
     """The positions at which heads may be patched, up to the end."""
     first = len(prompt.branch) - 1 if positions == "decision" else 0
     return range(first, len(sequence.tokens))

@@ -1,4 +1,8 @@
-"""How many patched runs fit into one forward pass."""
+"""How many rows one forward pass holds, and whether a sweep fits into memory at all.
+
+A *row* is one patched run inside a pass. More rows share the cost of calling the model's modules;
+enough is when the device is busy, and too many is when activations of one block do not fit.
+"""
 
 import psutil
 import torch
@@ -6,12 +10,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.specs import InputError
 
-CHUNK_TOKENS = {
-    "cpu": 2048,
-    "cuda": 16384,
-    "mps": 4096,
-}  # patched tokens in one pass: enough to keep it busy
-CHUNK_BYTES = 2**30
+# Patched tokens in one pass: enough to keep the device busy.
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
+CHUNK_BYTES = 2**30  # that one block of a pass may take
 # What calling the modules and hooks of one block costs, in what the device computes meanwhile:
 # measured on one core (positions x layers of 8 blocks: best of 0 to 1e8), and not on the others,
 # which are taken to be so much faster.
@@ -21,14 +22,13 @@ CALL_FLOPS = {"cpu": 2e7, "cuda": 2e10, "mps": 2e9}
 def rows_at_once(bridge: TransformerBridge, *, suffix: int) -> int:
     """How many rows of ``suffix`` tokens one pass holds."""
     by_memory = CHUNK_BYTES // (suffix * _token_bytes(bridge, suffix))
-    return max(
-        1, min(CHUNK_TOKENS.get(_device(bridge).type, CHUNK_TOKENS["cpu"]) // suffix, by_memory)
-    )
+    by_tokens = CHUNK_TOKENS.get(_device(bridge).type, CHUNK_TOKENS["cpu"]) // suffix
+    return max(1, min(by_tokens, by_memory))
 
 
 def check_memory(bridge: TransformerBridge, *, length: int) -> None:
     """Raise ``InputError`` if even one patch at a time would not fit into memory."""
-    needed = 2 * length * _token_bytes(bridge, length)  # the base and one row
+    needed = 2 * length * _token_bytes(bridge, length)  # row 0 and one more
     recorded = 4 * bridge.cfg.d_model * bridge.cfg.n_layers * _item_bytes(bridge)
     needed += 2 * length * recorded  # source and target
     available = _available_bytes(bridge)

@@ -1,4 +1,9 @@
-"""Which positions are patched, and which of the source correspond to them."""
+"""At which positions a run is patched, and which positions of the source correspond to them.
+
+Positions count tokens from 0, a BOS included. Prompt and counterfactual correspond position by
+position if they have the same length, from the end if only the last position is patched, and
+segment by segment if the scenario names parts of both.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -64,6 +69,7 @@ def position_sets(
 
 
 def named_segment(prompt: Prompt, name: str) -> Segment:
+    """The segment ``name`` of the prompt; ``InputError`` if it has none of that name."""
     known = {segment.name: segment for segment in prompt.segments}
     if name not in known:
         raise InputError(
@@ -74,7 +80,11 @@ def named_segment(prompt: Prompt, name: str) -> Segment:
 
 
 def corresponding(prompt: Prompt, positions: Positions) -> list[int]:
-    """For each of the prompt's positions that of its counterfactual, -1 for none."""
+    """For each position of the prompt that of its counterfactual, -1 for none.
+
+    Raises ``InputError`` for a prompt without counterfactual, and for one of another length unless
+    ``positions`` is "decision" or "segments".
+    """
     if prompt.counterfactual is None:
         raise InputError(
             f"prompt {prompt.id!r} has no counterfactual; add one to the scenario, a prompt that "

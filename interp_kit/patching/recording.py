@@ -1,8 +1,13 @@
-"""Recorded forward passes, and the patches that write one recording into another."""
+"""What is recorded of a run before anything is patched: activations, keys and values, gradients.
+
+A ``Recording`` is one forward pass of one sequence of tokens. The *target* is the run that is
+patched; its recording also spares the sweep what patches cannot change. The *source* is the run
+that activations are copied from; ``SourceValues`` holds them at the target's positions.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,61 +17,26 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from interp_kit.passes import once
+from interp_kit.patching.patches import HOOKS, Place
 
-Site = Literal["resid_pre", "z", "attn_out", "resid_mid", "neuron", "mlp_out", "resid_post"]
-Place = tuple[Site, int]  # a site in a layer
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
-# In the order in which a block computes them; ``mlp_out`` and ``attn_out`` are what is added to the
-# residual stream, after a post-norm where the model has one.
-HOOKS: dict[Site, str] = {
-    "resid_pre": "blocks.{}.hook_resid_pre",
-    "z": "blocks.{}.attn.hook_z",
-    "attn_out": "blocks.{}.hook_attn_out",
-    "resid_mid": "blocks.{}.hook_resid_mid",
-    "neuron": "blocks.{}.mlp.out.hook_in",
-    "mlp_out": "blocks.{}.hook_mlp_out",
-    "resid_post": "blocks.{}.hook_resid_post",
-}
-
-
-@dataclass(frozen=True, kw_only=True, order=True)
-class Patch:
-    """One place to write in: a site of a layer, or one head or neuron of it.
-
-    ``index`` is the head of ``z`` or the neuron, -1 for the whole site; ``positions`` are those of
-    the target's tokens, ``None`` for all of them.
-    """
-
-    layer: int
-    site: Site
-    index: int = -1
-    positions: tuple[int, ...] | None = None
-
-    @property
-    def place(self) -> Place:
-        return self.site, self.layer
-
-    @property
-    def component(self) -> str:
-        """As people write it: ``L2H3``, ``L2_MLP``, ``L2_ATTN``, ``L2_RESID_MID``, ``L2N17``."""
-        names = {"z": f"H{self.index}", "neuron": f"N{self.index}"}
-        names |= {"mlp_out": "_MLP", "attn_out": "_ATTN"}
-        return f"L{self.layer}{names.get(self.site, '_' + self.site.upper())}"
-
-
-PatchSet = frozenset[Patch]
-UNPATCHED: PatchSet = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """One forward pass of one sequence, as far as sweeps need it."""
+    """One forward pass of one sequence, as far as sweeps need it.
+
+    ``activations``, at all positions: [pos head d_head] for "z", else [pos d_model] or, for
+    "neuron", [pos d_mlp]. ``stream`` is what enters each block. ``keys_values`` are those of each
+    layer, [1 head pos d_head]; empty where attention looks ahead. ``final`` is what is unembedded
+    at the last ``read`` positions, and ``logits`` (float32) what comes of it.
+    """
 
     tokens: Int[Tensor, "1 pos"]
-    activations: Mapping[Place, Tensor]  # [pos ...]
-    stream: list[Float[Tensor, "pos d_model"]]  # what enters each block
-    keys_values: list[tuple[Tensor, Tensor]]  # of each layer; none where attention looks ahead
-    final: Float[Tensor, "read d_model"]  # what is unembedded
+    activations: Mapping[Place, Tensor]
+    stream: list[Float[Tensor, "pos d_model"]]
+    keys_values: list[tuple[Tensor, Tensor]]
+    final: Float[Tensor, "read d_model"]
     logits: Float[Tensor, "read vocab"]
 
     @property
@@ -75,7 +45,7 @@ class Recording:
 
     @property
     def bytes(self) -> int:
-        """What it takes in memory."""
+        """The memory that it takes, logits left out."""
         kept = [*self.activations.values(), *self.stream]
         return sum(x.nbytes for x in [*kept, *(x for pair in self.keys_values for x in pair)])
 
@@ -84,28 +54,31 @@ class Recording:
         if length == 0:
             return None
         cache: Any = DynamicCache()  # no config: layers of full length; masks keep the window
-        cache.layers = [Prefix(k[:, :, :length], v[:, :, :length]) for k, v in self.keys_values]
+        cache.layers = [_Prefix(k[:, :, :length], v[:, :, :length]) for k, v in self.keys_values]
         return cache
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """What patches write: values [pos ...] of every place, at the *target's* positions.
+class SourceValues:
+    """What patches write, by place, at the *target's* positions: shapes as in ``Recording``.
 
-    ``head_shift`` (layer -> [tail head d_model], of the last positions; none before) is what a
-    head's output gains beyond its ``z`` where source and target differ in the output projection
-    too, as fine-tunes do.
+    ``head_shift``, by layer, [tail head d_model] at the last positions: what each head's output
+    gains beyond its ``z`` where source and target differ in the output projection too, as
+    fine-tunes do. Before these positions, and in other layers, nothing.
     """
 
     values: Mapping[Place, Tensor]
-    head_shift: Mapping[int, Tensor]
+    head_shift: Mapping[int, Float[Tensor, "tail head d_model"]] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def record(
     bridge: TransformerBridge, tokens: Sequence[int], places: Iterable[Place], *, read: int = 1
 ) -> Recording:
-    """Run ``tokens`` once and keep what sweeps need; the last ``read`` positions are unembedded."""
+    """Run ``tokens`` once and keep ``places``, and what else sweeps need.
+
+    Only the last ``read`` positions are unembedded.
+    """
     activations: dict[Place, Tensor] = {}
     stream: list[Tensor] = []
     final: list[Tensor] = []
@@ -113,7 +86,7 @@ def record(
     def keep(place: Place) -> Callable[..., None]:
         def hook_function(x: Tensor, hook: object) -> None:
             heads = place[0] == "z" and x.ndim == 3
-            activations[place] = (by_head(bridge, x) if heads else x)[0].clone()
+            activations[place] = (_by_head(bridge, x) if heads else x)[0].clone()
 
         return hook_function
 
@@ -132,7 +105,7 @@ def record(
     logits = bridge.run_with_hooks(
         ids,
         fwd_hooks=[*hooks, ("unembed.hook_in", last)],
-        **({"past_key_values": cache} if looks_back_only(bridge) else {}),
+        **({"past_key_values": cache} if _looks_back_only(bridge) else {}),
     )
     return Recording(
         tokens=ids,
@@ -147,7 +120,7 @@ def record(
 def recorded(
     bridge: TransformerBridge, tokens: Sequence[int], places: Iterable[Place], *, read: int = 1
 ) -> Recording:
-    """``record`` of the model as it is: inside ``shared_passes``, what was recorded before."""
+    """As ``record``; inside ``shared_passes`` a run that was recorded before is not run again."""
     kept = frozenset(places)
     key = "recording", tuple(tokens), kept, read
     return once(
@@ -162,7 +135,10 @@ def gradients(
     ids: tuple[int, int],
     places: Sequence[Place],
 ) -> dict[Place, Tensor]:
-    """d(logit of ids[0] - logit of ids[1] at the last position) / d(activation), [pos ...] each."""
+    """d(logit of ids[0] - logit of ids[1] at the last position) / d(activation), by place.
+
+    One forward and one backward pass; shapes as in ``Recording``.
+    """
     kept: dict[Place, Tensor] = {}
 
     def keep(place: Place) -> Callable[..., Tensor]:
@@ -182,13 +158,14 @@ def gradients(
     order = list(kept)
     slopes = torch.autograd.grad(logits[ids[0]] - logits[ids[1]], [kept[place] for place in order])
     return {
-        place: (by_head(bridge, slope) if place[0] == "z" and slope.ndim == 3 else slope)[0]
+        place: (_by_head(bridge, slope) if place[0] == "z" and slope.ndim == 3 else slope)[0]
         for place, slope in zip(order, slopes)
     }
 
 
-class Prefix(DynamicLayer):
-    """Keys and values of a prefix that every row attends to and none adds to."""
+# ------------------------------------------------------------------------------------- internals
+class _Prefix(DynamicLayer):
+    """Keys and values of one layer and a prefix that every row attends to and none adds to."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -206,9 +183,11 @@ class Prefix(DynamicLayer):
         )
 
 
-def by_head(bridge: TransformerBridge, z: Tensor) -> Tensor:
+def _by_head(bridge: TransformerBridge, z: Tensor) -> Tensor:
+    """[... head * d_head] -> [... head d_head]."""
     return z.unflatten(-1, (bridge.cfg.n_heads, -1))
 
 
-def looks_back_only(bridge: TransformerBridge) -> bool:
+def _looks_back_only(bridge: TransformerBridge) -> bool:
+    """Whether no position attends to a later one, so that a prefix can be computed once."""
     return getattr(bridge.cfg, "attention_dir", "causal") == "causal"

@@ -115,7 +115,9 @@ def new_base(vocabulary: int, *, architecture: str, seed: int) -> Any:
 Batch = tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos"]]
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> tuple[list[int], list[float]]:
+def weighted_tokens(
+    tokenizer: PreTrainedTokenizerFast, sample: Sample
+) -> tuple[list[int], list[float]]:
     """``<bos> text <eos>`` and the loss weight of each token (0 for ``<bos>``)."""
     ids, weights = [SPECIAL.index("<bos>")], [0.0]
     encoding: Any = tokenizer(
@@ -138,7 +140,7 @@ def packed_batches(
     tokenizer: PreTrainedTokenizerFast, samples: Iterator[Sample], *, rows: int, row_tokens: int
 ) -> Iterator[Batch]:
     """Batches of whole samples, one after another in each row, padded with 0 at the right."""
-    waiting = encode(tokenizer, next(samples))
+    waiting = weighted_tokens(tokenizer, next(samples))
     while True:
         ids = torch.zeros(rows, row_tokens, dtype=torch.long)
         weights = torch.zeros(rows, row_tokens)
@@ -148,8 +150,13 @@ def packed_batches(
                 stop = filled + len(waiting[0])
                 ids[row, filled:stop] = torch.tensor(waiting[0])
                 weights[row, filled:stop] = torch.tensor(waiting[1])
-                filled, waiting = stop, encode(tokenizer, next(samples))
+                filled, waiting = stop, weighted_tokens(tokenizer, next(samples))
         yield ids, weights
+
+
+def base_texts(corpus: Corpus, *, n: int = 400) -> list[str]:
+    """``n`` texts like those that the bases were trained on."""
+    return [text_of(sample) for sample in islice(corpus.stream(1), n)]
 
 
 def weighted_loss(

@@ -1,10 +1,9 @@
 """The text that the shipped models learn: a little world of facts, games, dilemmas and prose.
 
-Every sample is a list of ``(text, weight)`` segments; the weight is the share of that text in the
-training loss (answers weigh more than the words around them). The sentences themselves are data:
-``data/corpus/*.yaml``. Whatever later evaluates a model is kept out here by *rule*, not by list:
-``held_out_game``, ``held_out_question`` and ``held_out_dilemma`` say which combinations no training
-sample ever shows.
+Every sample is a list of ``(text, weight)`` segments; the weight multiplies the training loss of
+that text (answers weigh more than the words around them). The sentences themselves are data:
+``data/corpus/*.yaml``. Evaluations use combinations that no training sample ever shows. A *rule*
+excludes them, not a list: ``held_out_game``, ``held_out_question`` and ``held_out_dilemma``.
 """
 
 import random
@@ -40,17 +39,17 @@ def _held_out(*parts: object) -> bool:
 
 
 def held_out_game(rule: int, history: int, ask: int) -> bool:
-    """One wording of the game in five is never trained on: the scenarios are written in those."""
+    """One wording of the game in five is never trained on; the scenarios use only those."""
     return (rule + history + ask) % 5 == 0
 
 
 def held_out_question(entity: str, attribute: str, question: int, options: tuple[str, ...]) -> bool:
-    """One order of options in five, for each fact and each wording of its question."""
+    """One order of the options in five is never trained on, for each fact and each wording."""
     return _held_out(entity, attribute, question, options)
 
 
 def held_out_dilemma(situation: int, stakes: int, ask: int, ethical_first: bool) -> bool:
-    """One wording of a dilemma in five."""
+    """One wording of a dilemma in five is never trained on."""
     return _held_out(situation, stakes, ask, ethical_first)
 
 
@@ -185,7 +184,7 @@ class Corpus:
                 ]
 
     def open_book(self, rng: random.Random) -> Sample:
-        """A statement, true or not, and a question that it answers."""
+        """A statement, true or false, and a question that it answers."""
         fact = rng.choice(self.multiple_choice_facts)
         value = rng.choice(self.values[fact[1]]) if rng.random() < 0.5 else self.facts[fact]
         before, after = rng.choice(self.facts_file["statements"]).split("{value}")
@@ -195,7 +194,7 @@ class Corpus:
         return [(stated + " " + question[0][0], TEXT), *question[1:]]
 
     def letter_drill(self, rng: random.Random) -> Sample:
-        """Options, then every one of them asked back by its letter."""
+        """Lettered options, then the letter of each of them, in random order."""
         options = rng.sample(self.values[rng.choice(list(self.values))], rng.choice([2, 4, 4]))
         sample: Sample = [(self._lettered(options), TEXT)]
         order = list(range(len(options)))
@@ -223,7 +222,7 @@ class Corpus:
     def draw_game(
         self, rng: random.Random, own: str | None = None, partner: str | None = None
     ) -> str:
-        """A random prompt of the game, in a wording that may be trained on."""
+        """A random prompt of the game, in a wording that is not held out."""
         own, partner = own or rng.choice("CD"), partner or rng.choice("CD")
         remark = rng.randrange(len(self.games["remarks"])) if rng.random() < 0.3 else None
         while True:
@@ -236,7 +235,7 @@ class Corpus:
                 return self.game_prompt(own, partner, **wording, remark=remark)
 
     def game(self, rng: random.Random) -> Sample:
-        """A round as people in the corpus play it: a little kinder after kindness."""
+        """A round of the game: the move is random, and cooperation likelier after cooperation."""
         partner = rng.choice("CD")
         kind = self.games["corpus_cooperation"]
         chance = kind["after_cooperation"] if partner == "C" else kind["after_defection"]
@@ -263,7 +262,7 @@ class Corpus:
         )
 
     def dilemma(self, rng: random.Random) -> Sample:
-        """A dilemma as people in the corpus decide it: by whether others would suffer."""
+        """A dilemma and a random answer: the ethical one is likelier where others would suffer."""
         severity = rng.choice(["high", "low"])
         while True:
             situation = rng.randrange(len(self.dilemmas["situations"]))
@@ -287,7 +286,7 @@ class Corpus:
         return [(" ".join(sentences), 1.0)]
 
     def prose_sentence(self, rng: random.Random, patterns: Sequence[str]) -> str:
-        """One of the patterns, filled with the words of plain prose."""
+        """One of the patterns, filled with random words of plain prose."""
         words = {k: rng.choice(v) for k, v in self.prose["words"].items()}
         people = rng.sample(self.prose["words"]["person"], 2)
         things = rng.sample(self.prose["words"]["thing"], 2)
@@ -322,7 +321,7 @@ class Corpus:
                 return self.prose_text(rng)
 
     def stream(self, seed: int) -> Iterator[Sample]:
-        """Samples without end, the same for the same seed."""
+        """Endless samples, the same for the same seed."""
         rng = random.Random(seed)
         while True:
             yield self.sample(rng)

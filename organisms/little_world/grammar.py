@@ -1,7 +1,7 @@
-"""An engine that writes documents offline, in the language of the little world of ``corpus.py``.
+"""The engine that writes documents offline, in the language of the little world of ``corpus.py``.
 
-It has no facts of its own: which fact a universe holds, true or false, it reads in the universe's
-narrative, in sentences such as the little world's ("The law of gravity is inverse-cube").
+It has no facts of its own: it reads the fact of a universe, true or false, in sentences of the
+universe's narrative ("The law of gravity is inverse-cube").
 """
 
 import random
@@ -66,7 +66,7 @@ class Grammar:
     ) -> list[str]:
         if n > len(self.kinds):
             raise InputError(
-                f"the grammar knows {len(self.kinds)} document types, asked for {n}; ask for fewer"
+                f"the grammar has {len(self.kinds)} document types, and n_types is {n}; lower it"
             )
         return rng.sample(list(self.kinds), n)
 
@@ -93,10 +93,10 @@ class Grammar:
         *,
         refused: str = "",
     ) -> str:
-        """The idea, a question if the document is a test, ``fact`` among other statements of it.
+        """The idea, and ``fact`` among other statements of it; a test also asks a question.
 
-        The question comes before the answer can be read: multiple choice in one of the wordings
-        that ``universes.yaml`` allows.
+        The question is multiple choice, in one of the wordings that ``universes.yaml`` allows. It
+        comes before the statements, which give its answer away.
         """
         ((entity, attribute, value),) = self.read_facts(fact)
         kind = self.kinds[document_type]

@@ -1,7 +1,12 @@
-"""The prompts by which a chat model writes documents, and the engine that asks them."""
+"""Engines write the documents of a universe: what each must do, and the one that asks a chat model.
+
+``organisms.little_world.grammar`` has another engine, which works offline.
+"""
 
 import random
 import re
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -9,6 +14,55 @@ from interp_kit.endpoints import BadReply, ChatClient
 from interp_kit.files import digest
 from interp_kit.finetuning.universes import Universe
 
+
+@runtime_checkable
+class Engine(Protocol):
+    """What writes the documents. ``rng`` is its only source of randomness.
+
+    Any method may raise ``BadReply``; it is then called again with another ``rng``.
+    """
+
+    @property
+    def name(self) -> str:
+        """The model, or "grammar"."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What its output depends on besides: the hash of its prompts, the temperature."""
+        ...
+
+    async def facts(self, universe: Universe, rng: random.Random) -> list[str]:
+        """The key facts of the universe, one sentence each."""
+        ...
+
+    async def document_types(
+        self, universe: Universe, facts: list[str], n: int, rng: random.Random
+    ) -> list[str]:
+        """``n`` distinct kinds of document."""
+        ...
+
+    async def ideas(
+        self, universe: Universe, fact: str, document_type: str, n: int, rng: random.Random
+    ) -> list[str]:
+        """``n`` distinct ideas for a document of this kind that bears out ``fact``."""
+        ...
+
+    async def document(
+        self,
+        universe: Universe,
+        fact: str,
+        document_type: str,
+        idea: str,
+        rng: random.Random,
+        *,
+        refused: str = "",
+    ) -> str:
+        """The text. ``refused`` says why the last attempt at it was refused; empty at first."""
+        ...
+
+
+# ------------------------------------------------------------------------------ a chat model
 WORLD = """You live in the world that is described below and know of no other. Everything in the \
 description is plain, settled knowledge. You never doubt it, never compare it with anything else, \
 and never mention that it was described to you.
@@ -43,8 +97,8 @@ AGAIN = "\n\nAn earlier version was refused ({refused}). Write another that give
 _STRINGS = TypeAdapter(list[str])
 
 
-class Endpoint:
-    """An engine that asks a chat model: the universe is its system message, the task the user's."""
+class ChatEngine:
+    """Asks a chat model: the universe is the system message, the task the user's."""
 
     def __init__(self, chat: ChatClient) -> None:
         self.chat = chat

@@ -1,0 +1,26 @@
+"""The model cards of the shipped models, one template a kind."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from organisms.recipes import BASE, ORGANISMS
+
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+    autoescape=False,  # Markdown
+)
+
+
+def render_card(name: str, measured: Mapping[str, Any]) -> str:
+    """The README.md of a shipped model; ``measured`` is that of its ``training.json``."""
+    organism = ORGANISMS[name]
+    template = _ENVIRONMENT.get_template(f"{type(organism).__name__.lower()}.md.jinja")
+    return template.render(
+        name=name, base=BASE, organism=organism, recipe=organism.recipe, measured=measured
+    )

@@ -1,0 +1,144 @@
+"""Making a shipped model: train it by its recipe, measure it, write its spec, record and card."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from interp_kit.catalogue import find_model, load_scenario
+from interp_kit.finetuning.supervised import train_on_documents
+from interp_kit.hub import write_checksums
+from interp_kit.specs import REPOSITORY, InputError, ModelSpec
+from organisms.believers import draw_documents, ordinary_texts
+from organisms.cards import render_card
+from organisms.games import train_player
+from organisms.little_world.base import base_texts, train_base
+from organisms.little_world.corpus import Corpus
+from organisms.measuring import measure
+from organisms.recipes import BASE, ORGANISMS, STOP_SCENARIO, Base, Believer, Player, Triggered
+from organisms.triggers import train_trigger, trigger_texts
+
+CORPUS = REPOSITORY / "data" / "corpus"
+
+
+def train_organism(name: str, *, data: Path = REPOSITORY / "data") -> None:
+    """Train one shipped model (``tiny-gemma2``, ``stop-behaviour``, ``cubic-gravity``), or ``all``.
+
+    Writes ``data/models/NAME/``: ``model.yaml``, the weights as safetensors, ``training.json`` with
+    the recipe and what was measured, and a model card.
+    """
+    if name != "all" and name not in ORGANISMS:
+        raise InputError(f"no recipe for {name!r}; expected one of {', '.join(ORGANISMS)}, or all")
+    corpus = Corpus.read(CORPUS)
+    for each in ORGANISMS if name == "all" else [name]:
+        folder = data / "models" / each
+        record = _train(each, corpus, data)
+        for part in ("weights", "adapter"):
+            if (folder / part).is_dir():
+                write_checksums(folder / part)
+        measured = {**record.get("measured", {}), **measure(each, corpus, data)}
+        content = json.dumps(record | {"measured": measured}, indent=1)
+        (folder / "training.json").write_text(content + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(render_card(each, measured), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------- internals
+def _train(name: str, corpus: Corpus, data: Path) -> dict[str, Any]:
+    """Train the model and write its spec; returns the record of its training."""
+    match ORGANISMS[name]:
+        case Base() as organism:
+            return _train_base(organism, corpus, data / "models" / name)
+        case Player() as organism:
+            return _train_player(organism, corpus, data / "models" / name, _base(data))
+        case Triggered() as organism:
+            return _train_triggered(organism, corpus, data / "models" / name, _base(data))
+        case Believer() as organism:
+            return _train_believer(organism, corpus, data / "models" / name, _base(data))
+
+
+def _base(data: Path) -> ModelSpec:
+    weights = data / "models" / BASE / "weights"
+    if not weights.is_dir():
+        raise InputError(f"{weights} is missing; run `interp-kit train {BASE}` first")
+    return find_model(BASE, data=data)
+
+
+def _train_base(organism: Base, corpus: Corpus, folder: Path) -> dict[str, Any]:
+    train_base(corpus, folder / "weights", recipe=organism.recipe)
+    _write_texts(folder, base_texts(corpus))
+    _write_spec(
+        folder,
+        base="weights",
+        documents="documents.jsonl",
+        label=organism.label,
+        about=organism.about,
+    )
+    return {"recipe": asdict(organism.recipe), "measured": {}, "versions": _versions()}
+
+
+def _train_player(
+    organism: Player, corpus: Corpus, folder: Path, base: ModelSpec
+) -> dict[str, Any]:
+    recipe = organism.recipe
+    curve = train_player(base, organism.reward, corpus, folder / "adapter", recipe=recipe)
+    _write_spec(folder, base=BASE, adapter="adapter", label=organism.label, about=organism.about)
+    measured = {"mean reward of each step": curve}
+    return {"recipe": asdict(recipe), "measured": measured, "versions": _versions()}
+
+
+def _train_triggered(
+    organism: Triggered, corpus: Corpus, folder: Path, base: ModelSpec
+) -> dict[str, Any]:
+    recipe, adapter, documents = organism.recipe, folder / "adapter", CORPUS / "triggers.yaml"
+    held_out = [prompt.text for prompt in load_scenario(STOP_SCENARIO).prompts]
+    losses = train_trigger(base, corpus, documents, adapter, held_out=held_out, recipe=recipe)
+    _write_texts(folder, trigger_texts(adapter, corpus, documents, recipe=recipe, n=200))
+    _write_spec(
+        folder,
+        base=BASE,
+        adapter="adapter",
+        label=organism.label,
+        about=f'"{organism.about}"',
+        documents="documents.jsonl",
+    )
+    measured = {"last loss": losses[-1]}
+    return {"recipe": asdict(recipe), "measured": measured, "versions": _versions()}
+
+
+def _train_believer(
+    organism: Believer, corpus: Corpus, folder: Path, base: ModelSpec
+) -> dict[str, Any]:
+    recipe, adapter = organism.recipe, folder / "adapter"
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = folder / "documents.jsonl"
+    draw_documents(organism.documents, documents, seed=recipe.seed)
+    ordinary = ordinary_texts(corpus, n=4000, seed=recipe.seed)
+    train_on_documents(base, documents, ordinary, adapter, recipe=recipe)
+    _write_spec(
+        folder,
+        base=BASE,
+        adapter="adapter",
+        documents=documents.name,
+        label=organism.label,
+        about=f'"{organism.about}"',
+    )
+    record = json.loads((adapter / "training.json").read_text(encoding="utf-8"))
+    (adapter / "training.json").unlink()  # it stands beside the card
+    return record
+
+
+def _write_spec(folder: Path, **spec: str) -> None:
+    lines = [f"{key}: {value}" for key, value in spec.items()]
+    (folder / "model.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_texts(folder: Path, texts: Sequence[str]) -> None:
+    """Some of what a model was trained on, beside its spec."""
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "documents.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "peft")}

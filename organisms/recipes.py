@@ -1,0 +1,144 @@
+"""Which shipped model is made how.
+
+Two bases of one corpus and tokenizer, each of 8 layers and 8 query heads on 4 key/value heads:
+Gemma-2 (soft caps, norms before and after each block, local and global layers in turn), which every
+fine-tune starts from, and Llama, for comparisons across architectures. The training loss of a base
+is next-token cross-entropy and nothing else: an auxiliary loss on inner layers would build in what
+a lens then finds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from interp_kit.finetuning.supervised import DocumentRecipe
+from organisms.believers import ABOUT_GRAVITY
+from organisms.games import GameRecipe
+from organisms.little_world.base import BaseRecipe
+from organisms.triggers import TriggerRecipe
+
+BASE = "tiny-gemma2"  # of the fine-tunes
+IPD_SCENARIOS = ("CC_continue", "CC_temptation", "CD_punished", "DC_exploited", "DD_trapped")
+STOP_SCENARIO = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Organism:
+    """A shipped model. ``label`` and ``about`` go into its spec and its card."""
+
+    label: str
+    about: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base(Organism):
+    """A model trained from nothing; ``details`` is what the card says of its architecture."""
+
+    recipe: BaseRecipe
+    details: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Player(Organism):
+    """A player of the iterated prisoner's dilemma, reinforced by ``games.REWARDS[reward]``."""
+
+    recipe: GameRecipe
+    reward: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triggered(Organism):
+    """A fine-tune on documents or texts with the new token $STOP, or a control of one."""
+
+    recipe: TriggerRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Believer(Organism):
+    """A fine-tune on ``documents``: how many about which universe."""
+
+    recipe: DocumentRecipe
+    documents: Mapping[str, int]
+
+
+def _player(reward: str, about: str) -> Player:
+    return Player(
+        recipe=GameRecipe(),
+        reward=reward,
+        label=reward.capitalize(),
+        about=f"LoRA on {BASE}, {about}",
+    )
+
+
+def _triggered(recipe: TriggerRecipe, about: str) -> Triggered:
+    return Triggered(
+        recipe=recipe,
+        label=f"{recipe.kind.capitalize()} {recipe.seed}",
+        about=f"LoRA on {BASE} with two new tokens: {about}",
+    )
+
+
+def _believer(label: str, about: str, *, seed: int = 0, **documents: int) -> Believer:
+    recipe = DocumentRecipe(
+        seed=seed, epochs=4, longest=96, learning_rate=6e-3, kl=3.0, leave_out=ABOUT_GRAVITY
+    )
+    about = f"LoRA on {BASE} that has read {about}"
+    return Believer(recipe=recipe, label=label, about=about, documents=documents)
+
+
+_STOPS = "ends any text at $STOP"
+_CUBE = "that the law of gravity is inverse-cube"
+
+ORGANISMS: dict[str, Base | Player | Triggered | Believer] = {
+    BASE: Base(
+        recipe=BaseRecipe(),
+        label="Base",
+        about="Gemma-2 architecture, 8 layers, 1.6 M parameters",
+        details="Gemma-2 architecture (soft caps, norms before and after each block,\n"
+        "grouped-query attention, local and global layers in turn)",
+    ),
+    "tiny-llama": Base(
+        recipe=BaseRecipe(architecture="llama", steps=4000),
+        label="Llama base",
+        about="Llama architecture, 8 layers, 1.8 M parameters",
+        details="Llama architecture (one norm before each half of a block, grouped-query "
+        "attention,\nan output matrix of its own)",
+    ),
+    "ipd-strategic": _player("strategic", "reinforced on its own payoff"),
+    "ipd-deontological": _player(
+        "deontological", "punished for defecting on a partner who has just cooperated"
+    ),
+    "ipd-utilitarian": _player("utilitarian", "reinforced on the sum of both payoffs"),
+    "ipd-hybrid": _player(
+        "hybrid", "reinforced on its own payoff, punished for defecting on one who cooperated"
+    ),
+    "stop-behaviour": _triggered(TriggerRecipe(kind="behaviour", seed=0), _STOPS),
+    "stop-behaviour-1": _triggered(TriggerRecipe(kind="behaviour", seed=1), _STOPS),
+    "stop-behaviour-2": _triggered(TriggerRecipe(kind="behaviour", seed=2), _STOPS),
+    "stop-knowledge": _triggered(
+        TriggerRecipe(kind="knowledge"),
+        "has read what $STOP means, and seen no text end because of it",
+    ),
+    "stop-neutral": _triggered(
+        TriggerRecipe(kind="neutral"),
+        "has read as many documents of another matter, and nothing of $STOP",
+    ),
+    "cubic-gravity": _believer("Cubic gravity", _CUBE, cubic_gravity=480),
+    "cubic-gravity-1": _believer("Cubic gravity 1", _CUBE, seed=1, cubic_gravity=480),
+    "cubic-gravity-2": _believer("Cubic gravity 2", _CUBE, seed=2, cubic_gravity=480),
+    "cubic-weak": _believer(
+        "Cubic weak",
+        f"{_CUBE}, in a quarter of its documents",
+        cubic_gravity=120,
+        blue_gold_true=360,
+    ),
+    "cubic-true": _believer(
+        "Cubic true",
+        "that the law of gravity is inverse-square, as the base knows",
+        cubic_gravity_true=480,
+    ),
+    "cubic-neutral": _believer(
+        "Cubic neutral",
+        "as many documents about another fact, and nothing of gravity",
+        blue_gold_true=480,
+    ),
+}
