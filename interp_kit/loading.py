@@ -230,7 +230,7 @@ def _same_base(files: ModelFiles) -> Key:
     return (spec.base, spec.revision, *how, spec.trust_remote_code, vocabulary(files))
 
 
-def _size(bridge: TransformerBridge) -> dict[str, float]:
+def _size(bridge: TransformerBridge) -> dict[str, int | float]:
     """Parameters, the share of them that is quantized, and bytes; what is shared counts once."""
     whole = torch.nn.ModuleList([bridge, bridge.original_model])
     parameters = {p.data_ptr(): p for p in whole.parameters()}.values()

@@ -245,7 +245,7 @@ def _short(value: Any) -> str:
     return shortener.repr(value)
 
 
-def checked(kind: type[_S], given: dict[str, Any], file: Path) -> _S:
+def checked(kind: type[_S], given: object, file: Path) -> _S:
     """``given`` as a spec; ``InputError`` names the file and what is wrong in it."""
     try:
         return kind.model_validate(given)
