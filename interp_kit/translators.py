@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.files import read_json
+from interp_kit.files import read_json, replacing
 from interp_kit.specs import InputError, Spec, checked
 
 CONFIG, PARAMETERS = "config.json", "params.safetensors"
@@ -96,7 +96,8 @@ class TunedLens:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i}.weight": A.contiguous() for i, A in enumerate(self.weight)}
         tensors |= {f"{i}.bias": b.contiguous() for i, b in enumerate(self.bias)}
-        replace_file(folder / PARAMETERS, tensors)
+        with replacing(folder / PARAMETERS) as beside:
+            save_file(tensors, beside)
         (folder / CONFIG).write_text(json.dumps(self.config.model_dump(), indent=1) + "\n")
 
     @classmethod
@@ -151,16 +152,6 @@ def translate(
     """h + A h + b of the embedding and every block but the last, which stays; float32."""
     layers = [h + h @ A.T + b for h, A, b in zip(stream.float(), weight, bias)]
     return torch.stack([*layers, stream[-1].float()])
-
-
-def replace_file(
-    file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """The whole file or none: written beside and moved into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.part")
-    save_file(tensors, beside, metadata=metadata)
-    beside.replace(file)
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

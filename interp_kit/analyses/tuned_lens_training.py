@@ -20,11 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.decisions import batches
+from interp_kit.files import replacing
 from interp_kit.layer_readout import (
     Rows,
     stream_log_probs,
@@ -33,7 +35,7 @@ from interp_kit.layer_readout import (
     usable_rows,
 )
 from interp_kit.specs import InputError
-from interp_kit.translators import TunedLens, read_tensors, replace_file, translate
+from interp_kit.translators import TunedLens, read_tensors, translate
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -204,7 +206,9 @@ def _write_checkpoint(
     for name, p in parameters.items():
         if (momentum := optimizer.state[p].get("momentum_buffer")) is not None:
             tensors[f"momentum.{name}"] = momentum.cpu()
-    replace_file(file, tensors, {"step": str(step), "training": identity})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as beside:
+        save_file(tensors, beside, metadata={"step": str(step), "training": identity})
 
 
 def _resume(
