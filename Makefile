@@ -10,10 +10,10 @@ SYSTEMS = $(addprefix papermill_params/,ipd.yaml kill_switch.yaml cubic_gravity.
 run: .venv/installed
 	$(BIN)/interp-kit run $(SYSTEMS) --workers $(WORKERS)
 
+# One run of tests and notebooks: whichever ends first, no core waits for the other.
 test: .venv/installed
-	$(BIN)/python -m pytest -q $(PARALLEL)
-	JUPYTER_PATH=interp_batch $(BIN)/python -m pytest -q $(PARALLEL) notebooks --nbval \
-	  --nbval-kernel-name \
+	JUPYTER_PATH=$(CURDIR)/interp_batch $(BIN)/python -m pytest -q $(PARALLEL) tests notebooks \
+	  --nbval --nbval-kernel-name \
 	  $$($(BIN)/python -c "from interp_batch import warm; print(warm.default_kernel())")
 
 lint: .venv/installed
