@@ -116,14 +116,13 @@ def test_a_pass_that_was_read_less_far_is_run_again(tiny_bridge, kept):
 
 def test_found_rows_are_the_computed_ones(tiny_bridge, kept, monkeypatch):
     rows = rows_of(tiny_bridge)
-    assert torch.equal(
-        last_residuals(tiny_bridge, rows), fresh(residuals, tiny_bridge, tiny_prompts(tiny_bridge))
-    )
+    computed = fresh(residuals, tiny_bridge, tiny_prompts(tiny_bridge))
+    assert torch.equal(last_residuals(tiny_bridge, rows), computed)
     for others in (rows[:2], rows[::-1]):
         last_residuals(tiny_bridge, others)
     assert len(list(kept.iterdir())) == 3
     monkeypatch.setattr(tiny_bridge, "run_with_hooks", no_pass)
-    assert torch.equal(last_residuals(tiny_bridge, rows), fresh)
+    assert torch.equal(last_residuals(tiny_bridge, rows), computed)
 
 
 def test_each_fine_tune_on_one_base_has_its_own(organisms, kept, monkeypatch):
