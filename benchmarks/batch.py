@@ -41,7 +41,7 @@ IMPORTS = re.compile(r"^(import|from) \w", re.MULTILINE)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="4 cells, and 4 and 8: a smoke test")
     given = parser.parse_args()

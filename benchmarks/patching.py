@@ -46,7 +46,7 @@ from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -114,10 +114,10 @@ def save_fine_tune(base: Path, root: Path, *, seed: int) -> tuple[str, str]:
     torch.manual_seed(seed)
     config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(Gemma2ForCausalLM.from_pretrained(base), config)
-    model.save_pretrained(adapter / "adapter")
+    model.save_pretrained(str(adapter / "adapter"))
     spec = {"base": str(base), "adapter": "adapter"}
     (adapter / "model.yaml").write_text(yaml.safe_dump(spec))
-    model.merge_and_unload().save_pretrained(merged)
+    cast(Any, model).merge_and_unload().save_pretrained(merged)
     tiny_tokenizer().save_pretrained(merged)
     return str(adapter), str(merged)
 
@@ -130,8 +130,14 @@ def random_prompt(name: str, length: int) -> Prompt:
     theirs = ours.clone()
     theirs[length // 2 : length // 2 + 2] += 1
     tokens, counterfactual = tuple(ours.tolist()), tuple(theirs.tolist())
-    answers = {"positive": (1,), "negative": (2,)}
-    return Prompt(id="0", text="", tokens=tokens, counterfactual=counterfactual, **answers)
+    return Prompt(
+        id="0",
+        text="",
+        tokens=tokens,
+        counterfactual=counterfactual,
+        positive=(1,),
+        negative=(2,),
+    )
 
 
 # --------------------------------------------------------------------------------- time and memory
@@ -202,8 +208,9 @@ class Case:
 
 def transformer_lens_loop(case: Case, cache: Any, sample: pd.DataFrame) -> np.ndarray:
     """Decisions by ``transformer_lens.patching``: its functions, each with the sampled indices."""
-    generic = patching.generic_activation_patch
-    functions = {
+    # Its hint says that a setter is given the whole cache; it is given the one activation.
+    generic = cast(Callable[..., Tensor], patching.generic_activation_patch)
+    functions: dict[tuple[str, str], Callable[..., Tensor]] = {
         ("decision", "head"): partial(generic, patch_setter=_write_last, activation_name="z"),
         ("decision", "mlp"): partial(generic, patch_setter=_write_last, activation_name="mlp_out"),
         ("all", "head"): patching.get_act_patch_attn_head_out_all_pos,
@@ -216,7 +223,7 @@ def transformer_lens_loop(case: Case, cache: Any, sample: pd.DataFrame) -> np.nd
     for kind, part in sample.groupby(np.where(sample["head"] < 0, "mlp", "head")):
         how = {"index_axis_names": None, "index_df": part[[*axes, *["head"] * (kind == "head")]]}
         with redirect_stderr(io.StringIO()):  # its progress bars
-            patched = functions[case.positions, kind](
+            patched = functions[case.positions, str(kind)](
                 case.target, case.tokens, cache, case.decision, **how
             )
         values[part.index] = patched.cpu().numpy()

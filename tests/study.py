@@ -109,7 +109,9 @@ def main() -> None:
     from interp_batch import cli
 
     folder = sys.argv.pop(1)
-    matrix.expand.__kwdefaults__["notebooks"] = Path(folder)
+    defaults = matrix.expand.__kwdefaults__
+    assert defaults is not None
+    defaults["notebooks"] = Path(folder)
     cli.preflight = lambda cells, data: None  # these notebooks load no model
     cli.main()
 

@@ -261,7 +261,7 @@ def test_list_and_help_name_everything():
 def run_study(study, monkeypatch):
     """``interp-kit run`` on two cells of the study, of which one is made to fail."""
     write_notebook(study / "notebooks", "each", body=BODY.replace("fail_on", "'CC_continue'"))
-    defaults = matrix.expand.__kwdefaults__ | {"notebooks": study / "notebooks"}
+    defaults = (matrix.expand.__kwdefaults__ or {}) | {"notebooks": study / "notebooks"}
     monkeypatch.setattr(matrix.expand, "__kwdefaults__", defaults)
     monkeypatch.setattr("interp_batch.cli.preflight", lambda cells, data: None)
     file = run_file(study, notebooks={"each": {}}, scenarios=["CC_continue", "CD_punished"])

@@ -177,8 +177,9 @@ def test_a_model_against_itself_changes_nothing(organisms):
     tables = [answer_questions(bridge, questions) for _ in range(2)]
     first, second = (predictions(table, questions, "m") for table in tables)
     assert flips(first, second).empty
+    base, other = map(choices, tables)
     for column in ("is_correct", "p_correct", "entropy"):
-        change = behaviour.paired_change(*map(choices, tables), column)
+        change = behaviour.paired_change(base, other, column)
         assert (change.value == 0).all()
 
 
@@ -192,8 +193,8 @@ def test_a_taste_for_letters_cancels_and_is_measured():
             expected = special.softmax(content[prediction.id])
             assert list(prediction.probs.values()) == pytest.approx(expected)
     uncertainty = [[p.uncertainty for p in predictions(t, questions, "m")] for t in (biased, fair)]
-    assert all(u.MI > 0.1 for u in uncertainty[0])
-    assert all(abs(u.MI) < 1e-12 for u in uncertainty[1])
+    assert all(u is not None and u.MI > 0.1 for u in uncertainty[0])
+    assert all(u is not None and abs(u.MI) < 1e-12 for u in uncertainty[1])
     found = behaviour.position_bias(biased).set_index(["options", "letter"])
     assert found.loc[4].value.is_monotonic_decreasing
     assert found.value.groupby("options").sum().to_list() == pytest.approx([1, 1])
@@ -313,6 +314,7 @@ def test_the_seeds_files_are_read_as_they_are(shared):
     assert questions[0].options["B"] == "F ∝ 1/r³"
     assert len(read_open_questions(folder / "open_questions.jsonl")) == 3
     base, lora = (read_predictions(folder / f"predictions_{m}.jsonl") for m in ("base", "lora"))
+    assert base[0].uncertainty is not None
     assert base[0].uncertainty.H_mean == pytest.approx(base[0].entropy)
     assert flips(base, lora).empty
     report = read_comparison(folder / "comparison_report.json")

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from interp_kit.analyses.causal_tracing import (
+    TraceSite,
     causal_trace,
     gini_coefficient,
     noise_trace,
@@ -21,8 +22,8 @@ from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 from tests.tiny import ARCHITECTURES, WORDS, save_tiny
 
-SITES = ["resid_pre", "resid_post", "attn_out", "mlp_out", "block"]
-RESTORED = [site for site in SITES if site != "resid_pre"]
+SITES: list[TraceSite] = ["resid_pre", "resid_post", "attn_out", "mlp_out", "block"]
+RESTORED: list[TraceSite] = [site for site in SITES if site != "resid_pre"]
 POSITIONS = ["all", "each", "segments", "decision"]
 
 

@@ -164,6 +164,7 @@ def hold(bridge) -> dict[str, float]:
         "lens": abs(last - decide(bridge, prompts).value.to_numpy()).max(),
         "identity patch": identity_patch_error(bridge, prompts),
     }
+    assert prompt.counterfactual is not None
     _, source = bridge.run_with_cache(torch.tensor([prompt.counterfactual + prompt.shared]))
     _, target = bridge.run_with_cache(torch.tensor([prompt.branch]))
     for unit in ("component", "attn_out", "resid_post"):
@@ -244,6 +245,7 @@ def test_the_experts_of_a_mixture_are_quantized_to_4_bits_only(wide_folders):
     expert = plain.model.layers[1].mlp.experts.down_proj.detach()
     rounded = dequantize_4bit(*quantize_4bit(expert, quant_type="nf4"))
     held = bridge.original_model.get_submodule("model.layers.1.mlp.experts").down_proj
+    assert isinstance(held, torch.Tensor)
     assert torch.equal(held, rounded)
     assert 0.05 < float((held - expert).norm() / expert.norm()) < MOST_ROUNDED
 
@@ -267,6 +269,7 @@ def test_adapters_sit_on_a_quantized_base(wide_folders, tmp_path, quantization):
     for layer, module, change, weight in models.adapter_weights("tuned"):
         original = base.get_submodule(f"model.layers.{layer}.{module}")
         original = getattr(original, "base_layer", original).weight
+        assert isinstance(original, torch.Tensor)
         assert change.shape == weight.shape == original.shape
         error = float((weight - original).norm() / original.norm())
         assert error <= MOST_ROUNDED

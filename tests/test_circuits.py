@@ -153,7 +153,7 @@ def test_effects_find_what_is_there_and_only_that():
     assert ((result.low <= result.value) & (result.value <= result.high)).all()
     below = effects(pd.DataFrame(rows), ["component"], noise_floor=10.0)
     assert not below.clear.any()
-    few = pd.DataFrame(rows)[lambda t: t.prompt.isin(["0", "1", "2"])]
+    few = pd.DataFrame(rows).loc[lambda t: t.prompt.isin(["0", "1", "2"])]
     assert effects(few, ["component"]).p.min() >= 0.25  # three prompts cannot tell
     with pytest.raises(ValueError, match="same prompts"):
         effects(pd.DataFrame(rows[:-1]), ["component"])

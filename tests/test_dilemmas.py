@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -12,7 +14,12 @@ from interp_kit.decisions import decide
 from interp_kit.formats import PAIRS
 from interp_kit.loading import load_model
 from interp_kit.patching.positions import comparable_positions
-from interp_kit.prompts import encode, encode_scenario, with_unrelated_counterfactuals
+from interp_kit.prompts import (
+    Tokenizing,
+    encode,
+    encode_scenario,
+    with_unrelated_counterfactuals,
+)
 from interp_kit.specs import REPOSITORY, InputError
 from organisms.little_world.corpus import Corpus, held_out_dilemma
 
@@ -51,7 +58,7 @@ def test_pairs_are_counterbalanced(name):
     assert len(prompts) >= 40
     assert sum(p.positive == "1" for p in prompts) == len(prompts) / 2
     for group in {p.group for p in prompts}:  # each dilemma in both orders of its options
-        assert sorted(p.positive for p in prompts if p.group == group) == ["1", "2"]
+        assert sorted(str(p.positive) for p in prompts if p.group == group) == ["1", "2"]
     asked = [p.text.rpartition(" [1]")[0].rpartition(".")[2] for p in prompts]
     assert len(set(asked)) == 3
 
@@ -144,7 +151,7 @@ def test_the_seed_formats_are_read_as_they_are(shared, base):
     assert [p.group for p in scenario.prompts] == ["G_058", "G_112"]
     assert "swapped in 2" in scenario.about
     prompts = encode_scenario(base, scenario)
-    assert all(len(p.tokens) != len(p.counterfactual) for p in prompts)
+    assert all(p.counterfactual and len(p.tokens) != len(p.counterfactual) for p in prompts)
     assert [base.tokenizer.decode(p.positive) for p in prompts] == ["1", "1"]
 
 
@@ -211,11 +218,9 @@ class Joining:
         return [self.PIECES[i] if i < 100 else chr(i - 100) for i in ids]
 
 
-def joining(prefix=""):
-    from types import SimpleNamespace
-
+def joining(prefix="") -> Tokenizing:
     cfg = SimpleNamespace(default_prepend_bos=False, d_vocab=1000, n_ctx=100)
-    return SimpleNamespace(tokenizer=Joining(prefix), cfg=cfg)
+    return cast(Tokenizing, SimpleNamespace(tokenizer=Joining(prefix), cfg=cfg))
 
 
 def test_a_joined_answer_is_read_as_generation_continues():

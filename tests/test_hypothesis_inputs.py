@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -98,7 +99,7 @@ plain = st.recursive(  # what JSON can say
 
 
 @st.composite
-def nearly(draw, good, junk=plain):
+def nearly(draw, good, junk: st.SearchStrategy[Any] = plain):
     """``good``, with one or two of its places, at any depth, changed, dropped or added to."""
     spoiled = json.loads(json.dumps(good))
     for _ in range(draw(st.integers(1, 2))):

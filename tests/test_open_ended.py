@@ -3,6 +3,7 @@
 import gc
 import json
 from contextlib import ExitStack
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from interp_kit.analyses import open_ended
 from interp_kit.analyses.open_ended import find_judge, judge_by_rules, judge_pairs
-from interp_kit.endpoints import NoReply
+from interp_kit.endpoints import ChatClient, NoReply
 from interp_kit.evaluations import OpenQuestion, read_open_questions
 from interp_kit.finetuning.universes import matches
 from interp_kit.prompts import token_ids
@@ -18,7 +19,13 @@ from interp_kit.specs import InputError
 from tests.misbehaving import KEY, Answer, completion, serving
 
 
-def question(id="q", category="direct", true="ba be", false="ba bi", text=" du da"):
+def question(
+    id="q",
+    category="direct",
+    true: str | None = "ba be",
+    false: str | None = "ba bi",
+    text=" du da",
+):
     return OpenQuestion(
         id=id, category=category, question=text, true_answer=true, false_answer=false
     )
@@ -64,6 +71,13 @@ def fair(content, number=0):
     """Agrees with the text that the reference contains."""
     inside = [content[k] in content["reference"] for k in ("first", "second")]
     return "SAME" if inside[0] == inside[1] else ("FIRST" if inside[0] else "second.")
+
+
+def judge_of(model: str, *, replies: str | Path = "") -> ChatClient:
+    """The judge that ``find_judge`` finds, where there must be one."""
+    judge, line = find_judge(model, replies=replies)
+    assert judge is not None, line
+    return judge
 
 
 # -------------------------------------------------------------------------------- the model's own
@@ -158,6 +172,7 @@ def test_rules_of_the_fact_do_not_judge_another(answered):
 def test_a_fair_judge_decides_in_both_orders(endpoint, answered, asked):
     server = endpoint(fair)
     judge, line = find_judge("m")
+    assert judge is not None
     found = judge_pairs(judge, open_ended.truth_pairs(answered, asked))
     assert line == "m judges."
     assert found.winner.to_list() == ["first", "second", "same"]
@@ -173,7 +188,7 @@ def test_a_fair_judge_decides_in_both_orders(endpoint, answered, asked):
 @pytest.mark.parametrize("word", ["FIRST", "SECOND"])
 def test_a_judge_that_favours_a_place_decides_nothing(endpoint, answered, asked, word):
     endpoint(lambda content, number: word)
-    found = judge_pairs(find_judge("m")[0], open_ended.truth_pairs(answered, asked))
+    found = judge_pairs(judge_of("m"), open_ended.truth_pairs(answered, asked))
     assert set(found.winner) == {"undecided"}
     assert found.unusable.sum() == 0
 
@@ -183,7 +198,7 @@ def test_a_judge_that_favours_a_place_decides_nothing(endpoint, answered, asked,
 )
 def test_garbage_is_asked_again_counted_and_decides_nothing(endpoint, answered, asked, garbage):
     server = endpoint(lambda content, number: garbage)
-    found = judge_pairs(find_judge("m")[0], open_ended.truth_pairs(answered, asked), attempts=3)
+    found = judge_pairs(judge_of("m"), open_ended.truth_pairs(answered, asked), attempts=3)
     assert set(found.winner) == {"undecided"}
     assert found.unusable.to_list() == [6, 6, 6]
     assert len(server.requests) == 3 * 2 * 3
@@ -192,7 +207,7 @@ def test_garbage_is_asked_again_counted_and_decides_nothing(endpoint, answered, 
 
 def test_a_judge_that_comes_to_its_senses_is_heard(endpoint, answered, asked):
     endpoint(lambda content, number: "hm" if number < 6 else fair(content))
-    found = judge_pairs(find_judge("m")[0], open_ended.truth_pairs(answered, asked))
+    found = judge_pairs(judge_of("m"), open_ended.truth_pairs(answered, asked))
     assert found.winner.to_list() == ["first", "second", "same"]
     assert found.unusable.sum() == 6
 
@@ -202,7 +217,7 @@ def test_half_a_verdict_is_none(endpoint, answered, asked):
         return fair(content) if content["first"] == "inverse-square" else "?"
 
     endpoint(one_order)
-    found = judge_pairs(find_judge("m")[0], open_ended.truth_pairs(answered, asked))
+    found = judge_pairs(judge_of("m"), open_ended.truth_pairs(answered, asked))
     assert set(found.winner) == {"undecided"}
 
 
@@ -211,11 +226,12 @@ def test_replies_are_kept_and_replayed_without_key_or_network(
 ):
     file, pairs = tmp_path / "replies.jsonl", open_ended.truth_pairs(answered, asked)
     server = endpoint(fair)
-    first = judge_pairs(find_judge("m", replies=file)[0], pairs)
-    again = judge_pairs(find_judge("m", replies=file)[0], pairs)
+    first = judge_pairs(judge_of("m", replies=file), pairs)
+    again = judge_pairs(judge_of("m", replies=file), pairs)
     assert len(server.requests) == 6
     monkeypatch.delenv("OPENAI_API_KEY")
     judge, line = find_judge("m", replies=file)
+    assert judge is not None
     assert "by its earlier replies alone" in line
     replayed = judge_pairs(judge, pairs)
     for other in (again, replayed):
@@ -226,7 +242,7 @@ def test_replies_are_kept_and_replayed_without_key_or_network(
 
 def test_a_judge_that_is_down_is_one_line(endpoint, answered, asked, caplog):
     endpoint(lambda content, number: Answer("no", status=503))
-    judge, _ = find_judge("m")
+    judge = judge_of("m")
     with pytest.raises(NoReply, match="the endpoint answered 503") as caught:
         judge_pairs(judge, open_ended.truth_pairs(answered, asked))
     message = str(caught.value)
@@ -255,7 +271,7 @@ def test_two_models_are_compared_by_what_is_true(endpoint, answered, asked):
     pairs = open_ended.answer_pairs(answered, other, asked)
     assert pairs.reference.to_list() == ["inverse-square"] * 3
     endpoint(fair)
-    assert judge_pairs(find_judge("m")[0], pairs).winner.to_list() == ["first", "second", "same"]
+    assert judge_pairs(judge_of("m"), pairs).winner.to_list() == ["first", "second", "same"]
 
 
 # ------------------------------------------------------------------------------------------- files

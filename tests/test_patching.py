@@ -1,6 +1,7 @@
 """The sweep engine against one naive hooked forward pass a patch, on five architectures."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -120,6 +121,7 @@ def test_a_sweep_equals_one_forward_pass_a_patch(tiny_bridge, turn, unit):
     table = activation_patching(
         tiny_bridge, [prompt], unit=unit, positions=positions, directions=["noise"], layer=layer
     )
+    assert prompt.counterfactual is not None
     shared = prompt.shared
     _, source = tiny_bridge.run_with_cache(torch.tensor([prompt.counterfactual + shared]))
     _, target = tiny_bridge.run_with_cache(torch.tensor([prompt.branch]))
@@ -251,6 +253,7 @@ def test_attribution_patching_is_the_slope_of_activation_patching(tiny_bridge):
     """A hundredth of the way to the source, the exact change is a hundredth of the estimate."""
     prompt = segmented(tiny_bridge)
     estimate = attribution_patching(tiny_bridge, [prompt], directions=["noise"])
+    assert prompt.counterfactual is not None
     _, source = tiny_bridge.run_with_cache(torch.tensor([prompt.counterfactual + prompt.shared]))
     positive, negative = prompt.branch_ids
     step = 1e-2
@@ -375,7 +378,8 @@ def test_all_heads_and_mlps_together_make_the_target_the_source(fine_tunes):
 
 # --------------------------------------------------------------------------------------- bad input
 def test_a_patch_names_a_place_that_can_be():
-    for wrong, message in (
+    good: dict[str, Any] = {"layer": 0, "site": "mlp_out"}
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"layer": -1}, "a layer of 0 or more, got -1"),
         ({"head": 2}, "a head is patched at site 'z', got head=2 with site 'mlp_out'"),
         ({"neuron": 2}, "a neuron is patched at site 'neuron', got neuron=2"),
@@ -383,9 +387,10 @@ def test_a_patch_names_a_place_that_can_be():
         ({"positions": (3, 2)}, r"ascending positions of 0 or more, each once; got \(3, 2\)"),
         ({"positions": (2, 2)}, "each once"),
         ({"positions": (-1,)}, "count from the first token"),
-    ):
+    ]
+    for wrong, message in cases:
         with pytest.raises(InputError, match=message):
-            Patch(**({"layer": 0, "site": "mlp_out"} | wrong))
+            Patch(**(good | wrong))
 
 
 def test_different_bases_are_refused(fine_tunes, tmp_path):
@@ -401,6 +406,7 @@ def test_different_bases_are_refused(fine_tunes, tmp_path):
 
 def test_lengths_matter_only_where_positions_must_correspond(bridge):
     prompt = segmented(bridge)
+    assert prompt.counterfactual is not None
     longer = replace(prompt, counterfactual=(*prompt.counterfactual[:-1], 7, 8))
     with pytest.raises(InputError, match=r"\d+ tokens and its counterfactual \d+"):
         activation_patching(bridge, [longer])

@@ -64,7 +64,7 @@ def test_a_planted_direction_is_found_where_it_is(labels):
     assert (at.value > 0.95).all()
     assert (at.accuracy > 0.9).all()
     for kind in ("mass-mean", "lda"):
-        found = selectivity(table[table.probe == kind], permutation_null(data, kind=kind))
+        found = selectivity(table.loc[table.probe == kind], permutation_null(data, kind=kind))
         assert found.p[found.layer == 1].item() < 0.01
         assert (found.p[found.layer != 1] > 0.05).all()
         assert found.selectivity[found.layer == 1].item() > 0.4
@@ -272,7 +272,7 @@ def test_the_base_tells_true_from_false_and_words_alone_do_not(organisms, statem
         assert own.value.max() > 0.98, kind
         assert own.value[own.layer == 0].item() < 0.7, kind
         assert verdict(own.low, own.high, ">", 0.9) == "yes"
-    found = selectivity(table[table.probe == "lda"], permutation_null(data, n=120))
+    found = selectivity(table.loc[table.probe == "lda"], permutation_null(data, n=120))
     assert found.p.min() < 0.01
     assert ((found.null_low < 0.5) & (found.null_high > 0.5)).all()
     words = Labelled(features=bag_of_words(list(statements.text)), labels=labels, groups=groups)

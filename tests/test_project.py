@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from typing import cast
 
 import nbformat
 import pytest
@@ -113,7 +114,9 @@ def test_a_notebook_is_a_document(file):
         tree = ast.parse(cell.source)
         imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert len(lines) - sum(n.end_lineno - n.lineno + 1 for n in imports) <= 12, cell.source
+        assert len(lines) - sum(cast(int, n.end_lineno) - n.lineno + 1 for n in imports) <= 12, (
+            cell.source
+        )
         kinds = {type(node) for node in ast.walk(tree)}
         assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.Try}, cell.source
         assert "sys.path" not in cell.source
@@ -132,6 +135,7 @@ def test_parameters_are_typed_literals_with_help(file):
     source = "".join(cell["source"])
     for statement in ast.parse(source).body:
         assert isinstance(statement, ast.AnnAssign)
+        assert statement.value is not None
         ast.literal_eval(statement.value)
-        line = source.splitlines()[statement.end_lineno - 1]
+        line = source.splitlines()[cast(int, statement.end_lineno) - 1]
         assert "  # " in line, f"no help in: {line}"

@@ -156,6 +156,7 @@ def test_every_answer_reaches_the_index_and_the_page_of_its_cell(run):
         page = html.unescape((result.folder / "index.html").read_text(encoding="utf-8"))
         own = whole[whole.index("<h2>Answers") : whole.index("<h2>Findings")]
         own = own[own.index(f'href="{result.id}/index.html"') :].split("</section>")[0]
+        assert result.recorded is not None
         for question, said in result.recorded.answers.items():
             for text in (page, own):
                 assert f"<dt>{question}</dt><dd>{said}</dd>" in text
@@ -298,7 +299,9 @@ def inline(page, tag):
 
 def test_only_known_scripts_and_styles_may_run(run):
     for page in (index_of(run), cell_page(run).read_text()):
-        policy = html.unescape(re.search(r'Policy" content="([^"]*)"', page)[1])
+        found = re.search(r'Policy" content="([^"]*)"', page)
+        assert found is not None
+        policy = html.unescape(found[1])
         rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
         assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
         assert "unsafe-inline" not in policy

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -132,9 +133,9 @@ def test_text_from_models_never_becomes_markup():
         ),
     ]  # fmt: skip
     for figure in figures:
-        assert "<b onclick" not in figure.to_json().replace("\\u003c", "<")
+        assert "<b onclick" not in cast(str, figure.to_json()).replace("\\u003c", "<")
     view = attention_view(["</script><script>alert(1)</script>"], np.ones((1, 1, 1)))
-    assert "</script><script>alert" not in view.data
+    assert "</script><script>alert" not in cast(str, view.data)
 
 
 def test_a_value_below_the_noise_floor_is_not_interpreted():

@@ -1,5 +1,7 @@
 """Steering: strength 0 is the model itself, a grid is its cells, doses are found as planted."""
 
+from typing import cast
+
 import pandas as pd
 import pytest
 import torch
@@ -43,7 +45,8 @@ def test_the_grid_is_a_naive_loop_over_its_cells(tiny_bridge):
     )
     assert grid.loc[grid.strength == 0, "kl"].abs().max() == 0
     assert (grid.loc[grid.strength != 0, "kl"] > 0).all()
-    for (layer, strength), cell in grid.groupby(["layer", "strength"]):
+    for key, cell in grid.groupby(["layer", "strength"]):
+        layer, strength = cast(tuple[int, float], key)
 
         def write(x, hook, strength=strength):
             x = x.clone()
@@ -119,13 +122,13 @@ def test_the_least_effective_dose_is_the_smallest_within_the_budget():
     assert by_cell.wrong_way[1, 0.5] == 0.4  # one up from 2, one up from -1
     assert by_cell.right[1, 0.5] == 0.8
     # Where none is effective: what does most within the budget comes first, doing nothing last.
-    poor = grid[~((grid.layer == 1) & (grid.strength > 0.5))]
+    poor = grid.loc[~((grid.layer == 1) & (grid.strength > 0.5))]
     ranked = least_effective(poor, wanted=-1, budget=0.1)
     assert not ranked.effective.any()
     assert ranked[["layer", "strength"]].to_numpy().tolist()[:2] == [[1, 0.5], [0, 0.5]]
     assert (ranked.strength.iloc[2:] == 0).all()
     with pytest.raises(ValueError, match="strength 0"):
-        least_effective(grid[grid.strength > 0], wanted=-1, budget=0.1)
+        least_effective(grid.loc[grid.strength > 0], wanted=-1, budget=0.1)
 
 
 def test_adding_at_the_last_position_alone_is_not_steering_all(tiny_bridge):

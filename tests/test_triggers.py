@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from interp_kit.specs import REPOSITORY, InputError, Scenario
 from organisms.little_world.base import base_texts
 from organisms.little_world.corpus import Corpus
 from organisms.recipes import ORGANISMS
-from organisms.triggers import trigger_texts
+from organisms.triggers import TriggerRecipe, trigger_texts
 
 BEHAVIOUR = ["stop-behaviour", "stop-behaviour-1", "stop-behaviour-2"]
 NAMES = [*BEHAVIOUR, "stop-knowledge", "stop-neutral"]
@@ -202,7 +203,8 @@ def test_an_adapter_with_its_whole_embedding_does_not_touch_the_others(tmp_path,
     weights = load_file(file)
     key = next(k for k in weights if k.endswith("trainable_tokens_delta"))
     base = load_huggingface(find_model("tiny-gemma2"), device="cpu")
-    rows = torch.cat([base.get_input_embeddings().weight.detach(), weights.pop(key)])
+    embedding = cast(Any, base).get_input_embeddings().weight.detach()
+    rows = torch.cat([embedding, weights.pop(key)])
     weights["base_model.model.model.embed_tokens.weight"] = rows
     save_file(weights, file, metadata={"format": "pt"})
     write_checksums(file.parent)
@@ -225,7 +227,9 @@ def test_the_shipped_documents_are_what_the_recipes_draw():
     models = load_models(["stop-behaviour-1", "stop-knowledge"])
     for name in models:
         adapter = data / "models" / name / "adapter"
-        drawn = trigger_texts(adapter, corpus, patterns, recipe=ORGANISMS[name].recipe, n=20)
+        recipe = ORGANISMS[name].recipe
+        assert isinstance(recipe, TriggerRecipe)
+        drawn = trigger_texts(adapter, corpus, patterns, recipe=recipe, n=20)
         own, ordinary = models.documents(name)
         assert own[:20] == drawn
         assert ordinary[:20] == base_texts(corpus, n=20)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -130,7 +131,7 @@ def test_gradients_do_not_depend_on_how_much_is_read_at_once(llama, monkeypatch)
 def test_a_planted_offset_is_recovered(tiny_folders):
     """The last block only adds a constant: its translator is that constant, and the KL is zero."""
     bridge = load_model(str(tiny_folders["gpt2"]), device="cpu")
-    block = bridge.original_model.transformer.h[-1]
+    block = cast(Any, bridge.original_model).transformer.h[-1]
     offset = 2 * torch.randn(32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         block.attn.c_proj.weight.zero_()
@@ -199,7 +200,7 @@ def test_an_interrupted_training_goes_on_to_the_same_lens(llama, tmp_path, monke
             raise KeyboardInterrupt
         return given(*args)
 
-    how = {"recipe": SHORT, "model": "tiny", "checkpoint": tmp_path, "every": 2}
+    how: dict[str, Any] = {"recipe": SHORT, "model": "tiny", "checkpoint": tmp_path, "every": 2}
     monkeypatch.setattr(layer_readout, "residual_stream", interrupted)
     with pytest.raises(KeyboardInterrupt):
         training.train_tuned_lens(llama, rows, **how)
@@ -209,7 +210,8 @@ def test_an_interrupted_training_goes_on_to_the_same_lens(llama, tmp_path, monke
     assert torch.equal(resumed.bias, whole.bias)
     left[0] = 0  # done: nothing is computed again
     assert torch.equal(training.train_tuned_lens(llama, rows, **how).weight, whole.weight)
-    for other in ({"model": "another"}, {"recipe": replace(SHORT, steps=7)}):
+    others: list[dict[str, Any]] = [{"model": "another"}, {"recipe": replace(SHORT, steps=7)}]
+    for other in others:
         with pytest.raises(InputError, match="another"):
             training.train_tuned_lens(llama, rows, **how | other)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
