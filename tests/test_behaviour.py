@@ -381,9 +381,9 @@ def test_a_bad_question_is_one_line_with_its_place(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "mcqs.jsonl: it is empty"),
-        ("\n\n", "mcqs.jsonl: it is empty"),
-        (f"{json.dumps(ITEM)}\n\n{json.dumps(ITEM)}", "line 3: the id 'q' is that of line 1"),
+        ("", "mcqs.jsonl: the file is empty"),
+        ("\n\n", "mcqs.jsonl: the file is empty"),
+        (f"{json.dumps(ITEM)}\n\n{json.dumps(ITEM)}", "line 3: line 1 has the id 'q', too"),
         (json.dumps(ITEM)[:-5], "line 1: not a JSON object"),
         ("[1]", "line 1: input should be a valid dictionary"),
         ('{"id": "q", "id": "r"}', "line 1: not a JSON object .the key 'id' is given twice"),

@@ -238,7 +238,7 @@ def test_replies_are_kept_and_replayed_without_a_network(endpoint, monkeypatch, 
     for other in (replayed, ChatClient("another", cache=cache, replay=True)):
         with pytest.raises(InputError, match="has no reply"):
             ask(other, seed=2)
-    with pytest.raises(InputError, match="found none"):
+    with pytest.raises(InputError, match="there is none"):
         ChatClient("m", cache=tmp_path / "none.jsonl", replay=True)
 
 

@@ -324,7 +324,7 @@ PROMPT = {
         (read_statements, STATEMENT, {"label": None}, "line 2: label"),
         (read_statements, STATEMENT, {"fact": None}, "line 2: fact"),
         (read_statements, STATEMENT, {"text": ""}, "line 2: text"),
-        (read_statements, STATEMENT, {"statement_id": "s1"}, "line 2: .*'s1' is that of line 1"),
+        (read_statements, STATEMENT, {"statement_id": "s1"}, "line 2: line 1 has the id 's1', too"),
         (read_probing_prompts, PROMPT, {"decision_trigger": "Reply:"}, "line 2: .*to end in"),
         (read_probing_prompts, PROMPT, {"category": 3}, "line 2: category"),
     ],

@@ -126,6 +126,18 @@ def test_a_notebook_is_a_document(file):
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_answers_its_question(file):
+    """It promises yes, no or cannot tell; it prints one of them, and the report gets it."""
+    notebook = nbformat.read(file, 4)
+    prose = "".join(c.source for c in notebook.cells if c.cell_type == "markdown").lower()
+    code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    printed = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+    assert re.search(r"\bno\b", prose)
+    assert re.search(r"""answers(=|": )(answers|decisions)\b""", code), "not recorded"
+    assert re.search(r"\? (yes|no|cannot tell)[,:] ", printed), "no answer is printed"
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)
 def test_parameters_are_typed_literals_with_help(file):
     (cell,) = [
         c
