@@ -1,7 +1,6 @@
 """The command line: ``interp-kit run | check | report | list | documents | train``.
 
-Commands import what they need when they run, so that ``--help`` and error messages come at once;
-only ``documents`` and ``train``, and the check of models, load torch.
+Commands import what they need when they run; only checking models, documents and train load torch.
 """
 
 import os
