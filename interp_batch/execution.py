@@ -31,7 +31,7 @@ ATTEMPTS = 2  # where the cause may be temporary: a kernel that died, a timeout
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 UNFINISHED = ".running"  # in a run's folder: holds cells that have not ended
 
-_stopped_runs: set[str] = set()  # a kernel that dies in one of these is no failure
+_stopped_runs: set[str] = set()  # kernels of these runs are killed on purpose: no cell failed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,10 +48,10 @@ def read_dilemmas(folder: Path) -> Scenario:
     """
     base, counterfactual = (_dilemmas(folder / name) for name in PAIRS)
     for here, there, name in ((base, counterfactual, PAIRS[1]), (counterfactual, base, PAIRS[0])):
-        alone = next((key for key in here if key not in there), None)
-        if alone is not None:
+        unpaired = next((key for key in here if key not in there), None)
+        if unpaired is not None:
             raise InputError(
-                f"{folder / name}: no record has the prompt_id {alone!r}, so that prompt has no "
+                f"{folder / name}: no record has the prompt_id {unpaired!r}, so that prompt has no "
                 "partner; add it there, or remove it from the other file"
             )
     swapped = sum(d.ethical_option != counterfactual[key].ethical_option for key, d in base.items())

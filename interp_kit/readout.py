@@ -49,10 +49,10 @@ def project_heads(
     computes it, grouped-query attention, LoRA and quantized weights need no special case.
     """
     heads = z.shape[-2]
-    alone = torch.zeros(*z.shape[:-2], heads, heads, z.shape[-1], device=z.device, dtype=z.dtype)
-    alone[..., range(heads), range(heads), :] = z  # row h holds the z of head h only
+    one_each = torch.zeros(*z.shape[:-2], heads, heads, z.shape[-1], device=z.device, dtype=z.dtype)
+    one_each[..., range(heads), range(heads), :] = z  # row h holds the z of head h only
     project = bridge.blocks[layer].attn.o.original_component
-    return project(alone.flatten(-2)) - projection_bias(bridge, layer, z)
+    return project(one_each.flatten(-2)) - projection_bias(bridge, layer, z)
 
 
 @torch.no_grad()
