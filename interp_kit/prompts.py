@@ -303,13 +303,13 @@ def answer_ids(
     whole = token_ids(bridge, text + answer)
     if whole[: len(tokens)] == tokens:
         return whole[len(tokens) :]
-    separate = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    apart = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(whole, tokens))))
     joined = tokenizer.decode(whole[same : same + 1])
-    if tokenizer.decode([*tokens, *separate]) != tokenizer.decode(tokens) + answer:
+    if tokenizer.decode([*tokens, *apart]) != tokenizer.decode(tokens) + answer:
         raise InputError(
             f"the tokenizer joins the end of the prompt with the answer {answer!r} to {joined!r}, "
-            f"and alone the answer is {tokenizer.convert_ids_to_tokens(list(separate))}, which does "
+            f"and alone the answer is {tokenizer.convert_ids_to_tokens(list(apart))}, which does "
             f"not continue the prompt; end the prompt before {joined!r}, or choose other answers, "
             f"such as {_proposed(bridge)}"
         )
@@ -318,7 +318,7 @@ def answer_ids(
         "is read as generation continues, as a token of its own",
         stacklevel=3,
     )
-    return separate
+    return apart
 
 
 def _proposed(bridge: Tokenizing) -> str:
