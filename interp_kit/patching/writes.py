@@ -41,7 +41,7 @@ def writing_hooks(planned: Pass, source: SourceValues) -> Hooks:
 
 
 # ------------------------------------------------------------------------------------- internals
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)  # TransformerLens takes the repr of every hook
 class _Write:
     """What is written at one place: ``values`` [pos ...] into ``rows`` where ``mask`` says so."""
 
