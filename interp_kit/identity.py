@@ -113,7 +113,12 @@ class _Watched:
     def _disturbed(self) -> bool:
         """Whether more takes part in a pass than weights and adapters."""
         return (
-            any(not _is_bridges(hook) for hooks in self._hooks if hooks for hook in hooks.values())
+            any(
+                not _only_captures(hook)
+                for hooks in self._hooks
+                if hooks
+                for hook in hooks.values()
+            )
             or bool(torch_module._global_forward_hooks)
             or bool(torch_module._global_forward_pre_hooks)
             or any("forward" in own or own["training"] for own in self._attributes)
@@ -122,9 +127,13 @@ class _Watched:
         )
 
 
-def _is_bridges(hook: object) -> bool:
-    """Whether a bridge put the hook there itself, to show its hook points what enters a norm."""
-    return getattr(hook, "__module__", "").startswith("transformer_lens.model_bridge.")
+def _only_captures(hook: object) -> bool:
+    """Whether it is a hook with which the libraries themselves keep what passes by, unchanged.
+
+    transformers and TransformerLens install them when an output is first asked for, and leave them.
+    """
+    ours = getattr(hook, "__module__", "").startswith(("transformers.", "transformer_lens."))
+    return ours and "captur" in getattr(hook, "__qualname__", "")
 
 
 def _adapted(modules: Mapping[torch.nn.Module, str]) -> Iterator[tuple[Any, set[str]]]:
