@@ -32,6 +32,7 @@ WARM, STOCK = "python3-warm", "python3"
 
 KERNELS = pathlib.Path(__file__).parent  # holds kernels/python3-warm
 GPUS = pathlib.Path("/proc/driver/nvidia/gpus")
+ANSWER_SECONDS = 300  # for a zygote to import everything and fork, on a busy machine
 MEMORY_LIMIT = "INTERP_KIT_MEMORY_LIMIT"  # bytes, of the kernel's environment
 
 _lock = threading.Lock()
@@ -77,7 +78,9 @@ def start_zygote() -> subprocess.Popen[str]:
 def fork_kernel(request: dict[str, Any]) -> int:
     """Start a kernel with ``{"argv": ..., "env": ..., "cwd": ...}``; returns its process id.
 
-    Raises ``RuntimeError`` if the zygote has ended.
+    Raises ``RuntimeError`` if the zygote has ended or does not answer. After that, as after Ctrl-C
+    in between, the next kernel is forked from a new one: an answer that comes late would be taken
+    for that kernel's.
     """
     with _lock:
         zygote = start_zygote()
@@ -86,12 +89,19 @@ def fork_kernel(request: dict[str, Any]) -> int:
         try:
             zygote.stdin.write(json.dumps(request) + "\n")
             zygote.stdin.flush()
+            answers = select.poll()
+            answers.register(zygote.stdout, select.POLLIN)
+            if not answers.poll(1000 * ANSWER_SECONDS):
+                raise TimeoutError
             return int(zygote.stdout.readline())
-        except (OSError, ValueError):
+        except BaseException as error:
             zygote.kill()
+            if not isinstance(error, (OSError, ValueError)):
+                raise
             raise RuntimeError(
-                "the process that starts warm kernels ended before it could start this one; run "
-                "again, or use the stock kernel (--kernel python3)"
+                "the process that starts warm kernels ended, or did not answer in "
+                f"{ANSWER_SECONDS} s, before it could start this one; run again, or use the stock "
+                "kernel (--kernel python3)"
             ) from None
 
 

@@ -20,6 +20,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.prompts import Prompt, Sign
 
+Ids = tuple[int, ...]
+
 PADDED_ROWS = 32  # texts of one padded batch
 MAX_TOKENS = 8192  # tokens in one forward pass: bounds memory, not results
 
@@ -76,23 +78,37 @@ def decide(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame
     )
 
 
-@torch.no_grad()
 def answer_log_probs(
     bridge: TransformerBridge, prompts: Sequence[Prompt]
 ) -> dict[Sign, Float[Tensor, "prompt"]]:
     """log p(answer | prompt) in nats, of each whole answer."""
-    totals: dict[Sign, Tensor] = {
-        "positive": torch.zeros(len(prompts)),
-        "negative": torch.zeros(len(prompts)),
-    }
-    for forced in teacher_forced(prompts):
-        read = max(ids.shape[1] for ids in forced.answers.values())
-        logits = last_logits(bridge, forced.tokens, read)
-        log_p = logits.float().log_softmax(-1).cpu()
-        for sign, ids in forced.answers.items():
-            chosen = log_p[:, -ids.shape[1] :].gather(-1, ids[..., None])
-            totals[sign][forced.index] = chosen[..., 0].sum(-1)
-    return totals
+    asked = [(p.tokens, p.positive) for p in prompts] + [(p.tokens, p.negative) for p in prompts]
+    positive, negative = continuation_log_probs(bridge, asked).split(len(prompts))
+    return {"positive": positive, "negative": negative}
+
+
+@torch.no_grad()
+def continuation_log_probs(
+    bridge: TransformerBridge, asked: Sequence[tuple[Ids, Ids]]
+) -> Float[Tensor, "asked"]:
+    """log p(answer | prompt) in nats, of each pair of token ids.
+
+    Answers to one prompt that differ in their last token only share one row of a forward pass.
+    """
+    sharing: dict[Ids, list[int]] = {}
+    for i, (prompt, answer) in enumerate(asked):
+        sharing.setdefault(prompt + answer[:-1], []).append(i)
+    rows = list(sharing)
+    result = torch.empty(len(asked))
+    for index in padded_batches(rows):
+        read = max(len(asked[i][1]) for r in index for i in sharing[rows[r]])
+        tokens, inside = padded([rows[r] for r in index], bridge.cfg.device)
+        logits = last_logits(bridge, tokens, read, lengths=inside.sum(1))
+        for log_p, r in zip(logits.float().log_softmax(-1).cpu(), index):
+            for i in sharing[rows[r]]:
+                answer = torch.tensor(asked[i][1])
+                result[i] = log_p[-len(answer) :].gather(-1, answer[:, None]).sum()
+    return result
 
 
 def answer_sequences(prompt: Prompt) -> list[AnswerSequence]:
@@ -132,6 +148,27 @@ def batches(shapes: Sequence[tuple[int, object]]) -> Iterator[list[int]]:
         yield from (same[i : i + size] for i in range(0, len(same), size))
 
 
+def padded_batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Which rows go into one padded batch, by their index: those of nearly one length.
+
+    At most ``PADDED_ROWS`` rows and ``MAX_TOKENS`` positions; no row is padded by more than a
+    quarter of its length and 16 positions.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        length = len(rows[i])
+        if batch and (
+            len(batch) == PADDED_ROWS
+            or length * (len(batch) + 1) > MAX_TOKENS
+            or length > 1.25 * len(rows[batch[0]]) + 16
+        ):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def padded(
     rows: Sequence[Sequence[int]], device: Any
 ) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
@@ -145,10 +182,8 @@ def padded(
 @torch.no_grad()
 def losses(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Float[Tensor, "row"]:
     """Mean next-token cross-entropy of each row of tokens, in nats."""
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     result = torch.zeros(len(rows))
-    for start in range(0, len(rows), PADDED_ROWS):
-        index = by_length[start : start + PADDED_ROWS]
+    for index in padded_batches(rows):
         tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
         logits = bridge(tokens).float()[:, :-1]
         each = F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none") * inside[:, 1:]
@@ -157,12 +192,25 @@ def losses(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Float[Te
 
 
 def last_logits(
-    bridge: TransformerBridge, tokens: Int[Tensor, "prompt pos"], read: int
+    bridge: TransformerBridge,
+    tokens: Int[Tensor, "prompt pos"],
+    read: int,
+    *,
+    lengths: Int[Tensor, "prompt"] | None = None,
 ) -> Float[Tensor, "prompt read vocab"]:
-    """The model's logits at the last ``read`` positions only; the others are never unembedded."""
+    """The model's logits at the last ``read`` positions only; the others are never unembedded.
+
+    ``lengths`` tells how many positions of each row are real, where rows are padded at the right;
+    what would lie before a row's first position repeats that.
+    """
+    last = tokens.shape[1] if lengths is None else lengths[:, None]
+    at = (last - torch.arange(read, 0, -1, device=bridge.cfg.device)).clamp(min=0)
+    at = at.expand(len(tokens), -1)[..., None]
     return bridge.run_with_hooks(
         tokens.to(bridge.cfg.device),
-        fwd_hooks=[("unembed.hook_in", lambda resid, hook: resid[:, -read:])],
+        fwd_hooks=[
+            ("unembed.hook_in", lambda x, hook: x.gather(1, at.expand(-1, -1, x.shape[-1])))
+        ],
     )
 
 
@@ -173,9 +221,9 @@ def end_probability(
     """p(end token) after each prompt, or after the prompt and one further token."""
     rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
     result = torch.empty(len(rows))
-    for index in batches([(len(row), None) for row in rows]):
-        tokens = torch.tensor([rows[i] for i in index])
-        logits = last_logits(bridge, tokens, 1)[:, -1].float()
+    for index in padded_batches(rows):
+        tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
+        logits = last_logits(bridge, tokens, 1, lengths=inside.sum(1))[:, -1].float()
         result[index] = logits.softmax(-1)[:, end].cpu()
     return result
 

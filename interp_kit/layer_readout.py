@@ -6,7 +6,7 @@ translated into the last block's basis (``translate``), it is a tuned lens. Laye
 embedding, l the stream after block l; the last is the model itself.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_readout
 
-from interp_kit.decisions import PADDED_ROWS, batches, padded, teacher_forced
+from interp_kit.decisions import batches, padded, teacher_forced
 from interp_kit.passes import residual_stream
 from interp_kit.prompts import Prompt, Sign
 from interp_kit.specs import InputError
@@ -123,12 +123,6 @@ def usable_rows(rows: Rows) -> list[tuple[int, ...]]:
             "first and the last: give longer ones"
         )
     return long
-
-
-def by_length(rows: Rows) -> Iterator[list[int]]:
-    """Which rows go into one padded batch: those of nearly one length."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    yield from (order[i : i + PADDED_ROWS] for i in range(0, len(order), PADDED_ROWS))
 
 
 def tokens_at_once(bridge: TransformerBridge) -> int:

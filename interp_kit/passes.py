@@ -2,7 +2,7 @@
 
 Layers are counted as blocks: index l of a layer axis is ``resid_post`` of block l, so that l = 0
 has been through one block and the last index goes to the final norm. The embedding is no layer; in
-tables and figures it is -1. Prompts of one length go together, so that nothing is ever padded.
+tables and figures it is -1. Rows are padded at the right, where a causal model cannot see it.
 """
 
 from collections import OrderedDict
@@ -12,12 +12,12 @@ from contextvars import ContextVar
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit import store
-from interp_kit.decisions import batches
+from interp_kit.decisions import padded, padded_batches
 from interp_kit.identity import state_of
 from interp_kit.prompts import Prompt
 
@@ -131,6 +131,7 @@ def residuals(
     return last_residuals(bridge, rows)
 
 
+@torch.no_grad()
 def last_residuals(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Residuals:
     """``residuals`` at the last of each row of token ids."""
     name = store.name_of(bridge, "last", [*map(list, rows)])
@@ -138,9 +139,9 @@ def last_residuals(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> 
     if found is not None:
         return found["stream"]
     result = torch.empty(len(rows), bridge.cfg.n_layers, bridge.cfg.d_model)
-    for index in batches([(len(row), None) for row in rows]):
-        stream = residual_stream(bridge, torch.tensor([rows[i] for i in index]), 1)[1:, :, 0]
-        result[index] = stream.movedim(0, 1).float().cpu()
+    for index in padded_batches(rows):
+        tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
+        result[index] = _last_stream(bridge, tokens, inside.sum(1)).float().cpu()
     store.keep(name, {"stream": result})
     return result
 
@@ -235,7 +236,27 @@ def _read_last(
         tokens.to(bridge.cfg.device),
         fwd_hooks=[
             *((name, keep(name)) for name in names),
-            ("unembed.hook_in", lambda x, hook: x[:, -1:]),
+            ("unembed.hook_in", _one_position),
         ],
     )
     return kept
+
+
+def _last_stream(
+    bridge: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, "row"]
+) -> Float[Tensor, "row layer d_model"]:
+    """``resid_post`` of every block at the last real position of rows padded at the right."""
+    stream: list[Tensor] = []
+
+    def keep(x: Tensor, hook: object) -> None:
+        stream.append(x[torch.arange(len(x), device=x.device), lengths - 1])
+
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
+    hooks = [*((name, keep) for name in names), ("unembed.hook_in", _one_position)]
+    bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    return torch.stack(stream, 1)
+
+
+def _one_position(x: Tensor, hook: object) -> Tensor:
+    """The last of the batch only: nothing else is unembedded."""
+    return x[:, -1:]

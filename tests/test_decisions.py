@@ -7,7 +7,15 @@ import torch
 from scipy import stats
 
 from interp_kit.catalogue import load_scenario
-from interp_kit.decisions import answer_log_probs, batches, decide
+from interp_kit.decisions import (
+    MAX_TOKENS,
+    PADDED_ROWS,
+    answer_log_probs,
+    batches,
+    decide,
+    padded_batches,
+)
+from interp_kit.passes import residuals
 from interp_kit.prompts import encode, encode_scenario, with_random_answers
 from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
@@ -37,13 +45,6 @@ def test_a_shared_prefix_leaves_the_logit_difference_of_the_differing_tokens(tin
     positive, negative = prompt.branch_ids
     decision = decide(tiny_bridge, [prompt]).value[0]
     assert decision == pytest.approx(float(logits[positive] - logits[negative]), abs=2e-5)
-
-
-def test_the_batch_does_not_change_the_decision(tiny_bridge):
-    prompts = tiny_prompts(tiny_bridge)
-    together = decide(tiny_bridge, prompts)
-    for i, prompt in enumerate(prompts):
-        assert decide(tiny_bridge, [prompt]).value[0] == pytest.approx(together.value[i], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["tiny-gemma2", "ipd-hybrid"])
@@ -109,6 +110,27 @@ def test_batches_cover_every_item_once_and_never_mix_shapes():
     assert all(len({shapes[i] for i in batch}) == 1 for batch in found)
     assert [4] in found
     assert [5] in found
+
+
+def test_padded_batches_hold_every_row_once_and_pad_little():
+    lengths = [5, 90, 7, 6000, 40, 41, 5000, 22, 1, *[12] * 70]
+    found = list(padded_batches([range(n) for n in lengths]))
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    for batch in found:
+        own = [lengths[i] for i in batch]
+        assert len(own) <= PADDED_ROWS
+        assert len(own) == 1 or max(own) * len(own) <= MAX_TOKENS
+        assert max(own) <= 1.25 * min(own) + 16
+
+
+def test_the_batch_does_not_change_the_decision_or_the_stream(tiny_bridge):
+    prompts = [p for n in (8, 13, 30) for p in tiny_prompts(tiny_bridge, length=n)]
+    together = decide(tiny_bridge, prompts).value
+    alone = [decide(tiny_bridge, [p]).value[0] for p in prompts]
+    assert together.tolist() == pytest.approx(alone, abs=2e-5)
+    ends = residuals(tiny_bridge, prompts)
+    single = torch.cat([residuals(tiny_bridge, [p]) for p in prompts])
+    torch.testing.assert_close(ends, single, rtol=1e-4, atol=1e-4)
 
 
 def test_random_answers_keep_the_prompt_and_differ(tiny_bridge):

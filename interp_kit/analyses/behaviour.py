@@ -18,11 +18,10 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import special
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import batches, decide, last_logits
+from interp_kit.decisions import Ids, continuation_log_probs, decide
 from interp_kit.evaluations import MultipleChoice
 from interp_kit.predictions import Prediction, Uncertainty
 from interp_kit.prompts import Prompt, answer_ids, token_ids, with_template
@@ -33,7 +32,6 @@ LETTERS = "{question} {options} Answer:"
 CLOZE = "{question} Answer:"
 MOST_ORDERS = 24  # all orders of four options
 Score = Literal["logprob", "logprob_per_token"]
-Ids = tuple[int, ...]
 
 
 def swapped_options(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
@@ -315,26 +313,10 @@ def _encode(
     return tokens, ids
 
 
-@torch.no_grad()
 def _log_probs(bridge: TransformerBridge, prompts: Sequence[tuple[Ids, list[Ids]]]) -> list[float]:
-    """log p(answer | prompt) in nats of each prompt's answers, one after the other.
-
-    What differs in the last token of the answer only shares one row of a forward pass.
-    """
+    """log p(answer | prompt) in nats of each prompt's answers, one after the other."""
     asked = [(prompt, answer) for prompt, answers in prompts for answer in answers]
-    sharing: dict[Ids, list[int]] = {}
-    for i, (prompt, answer) in enumerate(asked):
-        sharing.setdefault(prompt + answer[:-1], []).append(i)
-    inputs = list(sharing)
-    reads = [max(len(asked[i][1]) for i in sharing[ids]) for ids in inputs]
-    found = [0.0] * len(asked)
-    for index in batches(list(zip(map(len, inputs), reads))):
-        tokens = torch.tensor([inputs[i] for i in index])
-        log_p = last_logits(bridge, tokens, reads[index[0]]).float().log_softmax(-1).cpu()
-        for row, i in zip(log_p, index):
-            for j in sharing[inputs[i]]:
-                answer = torch.tensor(asked[j][1])
-                found[j] = float(row[-len(answer) :].gather(-1, answer[:, None]).sum())
+    found = continuation_log_probs(bridge, asked).tolist()
     rest = iter(found)
     return [v for _, ids in prompts for v in _exclusive(ids, [next(rest) for _ in ids])]
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import PADDED_ROWS, batches, decide, padded
+from interp_kit.decisions import batches, decide, last_logits, padded, padded_batches
 from interp_kit.interventions import Direction, Operator, add, intervene, remove
 from interp_kit.passes import resumed
 from interp_kit.prompts import Prompt
@@ -286,14 +286,10 @@ def _end_probability(
 ) -> Float[Tensor, "prompt"]:
     """p(end token) with operators on the stream at each row's last position, chosen by row."""
     result = torch.empty(len(rows))
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(rows), PADDED_ROWS):
-        index = by_length[start : start + PADDED_ROWS]
+    for index in padded_batches(rows):
         tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
-        last = inside.sum(1) - 1
-        pick = torch.arange(len(index), device=tokens.device), last
-        read = ("unembed.hook_in", lambda x, hook, pick=pick: x[pick][:, None])
-        with intervene(bridge, operators(index), at=last):
-            logits = bridge.run_with_hooks(tokens, fwd_hooks=[read])
+        lengths = inside.sum(1)
+        with intervene(bridge, operators(index), at=lengths - 1):
+            logits = last_logits(bridge, tokens, 1, lengths=lengths)
         result[index] = logits[:, -1].float().softmax(-1)[:, end].cpu()
     return result

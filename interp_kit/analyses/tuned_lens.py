@@ -25,12 +25,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_readout
 
-from interp_kit.decisions import padded
+from interp_kit.decisions import padded, padded_batches
 from interp_kit.layer_readout import (
     EMBEDDING,
     Rows,
     answers_by_layer,
-    by_length,
     layer_table,
     stream_log_probs,
     stream_positions,
@@ -161,7 +160,7 @@ def prediction_depth(bridge: TransformerBridge, rows: Rows, lens: TunedLens) -> 
     row's number, ``value`` 0 where the embedding suffices, n_layers where the last block decides.
     """
     tables = []
-    for index in by_length(rows):
+    for index in padded_batches(rows):
         tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
         stream = residual_stream(bridge, tokens, tokens.shape[1])[:, inside]
         best = logit_readout(bridge, lens.translate(stream), top_k=1).top_ids
@@ -182,7 +181,7 @@ def _read_texts(
 ]:
     """``stream_positions`` of all texts, with their numbers, in parts that fit in memory."""
     usable = usable_rows(rows)
-    for index in by_length(usable):
+    for index in padded_batches(usable):
         stream, following, row = stream_positions(bridge, [usable[i] for i in index])
         text = torch.tensor(index, device=row.device)[row]
         size = tokens_at_once(bridge)
