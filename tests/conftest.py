@@ -1,4 +1,6 @@
 import os
+import signal
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +36,23 @@ def tiny_bridge(request, tiny_folders):
 def organisms() -> Models:
     """The shipped base and its four players, on one base in memory."""
     return load_models(IPD, device="cpu")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command in this process, which has imported torch: exit code and what was printed."""
+    from interp_batch.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["interp-kit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    own = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, own)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,9 @@
 """
 
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -46,6 +49,10 @@ with open(Path(output, "result.txt"), "w") as result:
     time.sleep(pause)
     print(scenario, file=result)
 """
+# What takes seconds to import, and what the trivial notebooks do not use.
+SLOW = ["circuitsvis", "peft", "rfc3987_syntax", "scipy", "sklearn"]
+SLOW += ["transformer_lens", "transformers"]
+NO_TORCH = "def set_num_threads(n): pass\n\n\ndef seed(): pass\n"  # a zygote calls both
 MODELS = ["tiny-gemma2", "ipd-hybrid"]
 SCENARIOS = ["CC_continue", "CD_punished"]
 
@@ -81,6 +88,48 @@ def cells_of(study, notebooks, *, models=MODELS, scenarios=SCENARIOS, **kwargs) 
     run = read_run(run_file(study, notebooks, models, scenarios))
     given = {"outputs": study / "outputs", "notebooks": study / "notebooks"} | kwargs
     return expand(run, **given)
+
+
+def light_imports(folder: Path) -> str:
+    """A PYTHONPATH with which processes for trivial notebooks, zygotes too, start in a second.
+
+    Slow libraries cannot be imported with it, and nothing else changes.
+    """
+    light = folder / "light"
+    light.mkdir()
+    for name in SLOW:
+        (light / f"{name}.py").write_text('raise ImportError("too slow for this test")\n')
+    (light / "torch.py").write_text(NO_TORCH)
+    return str(light)
+
+
+@contextmanager
+def once(condition: Callable[[], bool], act: Callable[[], object]) -> Iterator[threading.Event]:
+    """Another thread calls ``act`` as soon as ``condition()``; it ends with the context.
+
+    The event is set if it did.
+    """
+    over, acted = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            if condition():
+                acted.set()
+                act()
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield acted
+    finally:
+        over.set()
+        watcher.join()
+
+
+def lines_of(log: Path) -> int:
+    """How many executions the notebook ``logged`` has logged."""
+    return len(log.read_text().splitlines()) if log.is_file() else 0
 
 
 def result_of(cell: Cell) -> str:

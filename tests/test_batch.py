@@ -1,6 +1,7 @@
 """The matrix is checked before a kernel starts; cells are skipped, kept apart and reported."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,13 +13,13 @@ import yaml
 from typer.testing import CliRunner
 
 from interp_batch import matrix
-from interp_batch.cli import app, main
+from interp_batch.cli import app
 from interp_batch.matrix import expand, matching
 from interp_batch.results import read_status, stale, write_status
 from interp_batch.runner import run_cells
 from interp_kit.catalogue import read_run
 from interp_kit.specs import REPOSITORY, InputError
-from tests.study import BODY, PARAMETERS, cells_of, make_study, write_notebook
+from tests.study import BODY, PARAMETERS, cells_of, light_imports, make_study, write_notebook
 
 
 @pytest.fixture
@@ -143,21 +144,6 @@ def test_every_output_folder_is_complete(study):
 
 
 # ------------------------------------------------------------------------------ the command line
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """The command in this process, which has imported torch: exit code and what was printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["interp-kit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
-
-    own = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, own)
-
-
 def run_file(folder, **changes):
     content = {
         "models": ["ipd-hybrid"],
@@ -202,7 +188,10 @@ def test_bad_run_files_end_with_one_line_and_exit_code_2(tmp_path, command, chan
 def test_a_shell_gets_one_line_and_exit_code_2(tmp_path):
     file = run_file(tmp_path, scenarios=["CC"])
     done = subprocess.run(
-        [sys.executable, "-m", "interp_batch.cli", "run", str(file)], capture_output=True, text=True
+        [sys.executable, "-m", "interp_batch.cli", "run", str(file)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": light_imports(tmp_path)},
     )
     assert done.returncode == 2
     assert done.stderr.startswith("interp-kit: ")

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -276,7 +274,7 @@ def test_adapters_sit_on_a_quantized_base(wide_folders, tmp_path, quantization):
         assert (error == 0) == (quantization == "8bit" and module.endswith("o_proj"))
 
 
-def test_a_notebook_runs_on_4_bits_as_it_is(tmp_path):
+def test_a_notebook_runs_on_4_bits_as_it_is(tmp_path, command):
     require("4bit")
     study(tmp_path, "base: tiny-gemma2\nquantization: 4bit\n")
     run = {
@@ -285,10 +283,9 @@ def test_a_notebook_runs_on_4_bits_as_it_is(tmp_path):
         "notebooks": {"02_direct_logit_attribution": {}},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    where = ["--data", str(tmp_path), "--outputs", str(tmp_path / "out"), "--workers", "1"]
-    command = [sys.executable, "-m", "interp_batch.cli", "run", str(tmp_path / "run.yaml"), *where]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    where = ["--data", tmp_path, "--outputs", tmp_path / "out", "--workers", 1]
+    code, _, said = command("run", tmp_path / "run.yaml", *where)
+    assert code == 0, said[-2000:]
     (summary,) = (tmp_path / "out").rglob("summary.json")
     assert json.loads(summary.read_text())["noise_floor"] <= 1e-4
 

@@ -372,7 +372,7 @@ READERS = [
     *JSON_FILES,
     *JSON_LINES,
 ]
-DEEP = b"[" * 3000
+DEEP = b"[\n" * 3000  # with line ends, which PyYAML reads a hundred times as fast
 
 
 @bounded

@@ -262,17 +262,14 @@ def test_the_base_tells_true_from_false_and_words_alone_do_not(organisms, statem
     bridge = organisms.switch("tiny-gemma2")
     rows = [token_ids(bridge, text) for text in statements.text]
     labels, groups = statements.label.to_numpy(), statements.fact.to_numpy()
-    data = Labelled(
-        features=last_residuals(bridge, rows),
-        labels=labels,
-        groups=groups,
-    )
+    features = last_residuals(bridge, rows)[:, [0, 3, 5, 7]]  # some layers, the first among them
+    data = Labelled(features=features, labels=labels, groups=groups)
     table = cross_validated(data)
     for kind, own in table.groupby("probe"):
         assert own.value.max() > 0.98, kind
         assert own.value[own.layer == 0].item() < 0.7, kind
         assert verdict(own.low, own.high, ">", 0.9) == "yes"
-    found = selectivity(table.loc[table.probe == "lda"], permutation_null(data, n=120))
+    found = selectivity(table.loc[table.probe == "lda"], permutation_null(data, n=100))
     assert found.p.min() < 0.01
     assert ((found.null_low < 0.5) & (found.null_high > 0.5)).all()
     words = Labelled(features=bag_of_words(list(statements.text)), labels=labels, groups=groups)

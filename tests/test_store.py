@@ -1,17 +1,18 @@
 """Activations on disk: found ones are the computed ones, and nothing damaged is read as good."""
 
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 
 import pytest
 import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
+from interp_batch import warm
 from interp_kit import passes, store
 from interp_kit.analyses.attribution import direct_logit_attribution
 from interp_kit.analyses.comparison import across
@@ -23,7 +24,7 @@ from interp_kit.identity import identity_of
 from interp_kit.loading import Models, load_model, load_models
 from interp_kit.lora import lora_modules
 from interp_kit.passes import last_residuals, read_last, residuals, shared_passes
-from interp_kit.specs import InputError
+from interp_kit.specs import REPOSITORY, InputError
 from tests.conftest import tiny_prompts
 from tests.tiny import save_tiny
 
@@ -337,7 +338,7 @@ def test_a_bridge_that_nobody_registered_keeps_nothing_on_disk(tiny_folders, kep
     assert equal(given, fresh(both, bridge))
 
 
-def test_another_process_finds_what_was_kept_however_it_loads_the_model(loaded, kept):
+def test_another_process_finds_what_was_kept_however_it_loads_the_model(loaded, kept, monkeypatch):
     """Alone or beside others: the same identity, and the same bits."""
     bridge = loaded.switch(A)
     computed, base = both(bridge), both(loaded.base_of(A))
@@ -349,7 +350,14 @@ def test_another_process_finds_what_was_kept_however_it_loads_the_model(loaded, 
         "    bridge.run_with_hooks = no_pass\n"
         f"    torch.save(both(bridge), {str(kept)!r} + '.' + file)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    monkeypatch.setenv("JUPYTER_PATH", str(warm.KERNELS))
+    NotebookClient(
+        new_notebook(cells=[new_code_cell(code)]),
+        timeout=120,
+        kernel_name=warm.default_kernel(),
+        kernel_manager_class=warm.PromptManager,
+        resources={"metadata": {"path": str(REPOSITORY)}},
+    ).execute()
     assert equal(torch.load(f"{kept}.a"), computed)
     assert equal(torch.load(f"{kept}.base"), base)
 

@@ -55,7 +55,7 @@ def program(request, shared):
     bridge, evaluation = load_tracr(folder)
     tokens, labels = evaluation["toks"], evaluation["labels"][:, -1]
     prompts = []
-    for i in range(20):
+    for i in range(8):
         other = next(j for j in range(len(labels)) if j > i and labels[j] != labels[i])
         prompts.append(
             Prompt(

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from pathlib import Path
@@ -16,6 +15,7 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+import yaml
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
@@ -25,12 +25,32 @@ from interp_batch.execution import RunOptions
 from interp_batch.matrix import expand
 from interp_batch.runner import run_cells
 from interp_kit.specs import REPOSITORY, RunSpec
-from tests.study import cells_of, make_study, processes_of, run_file, write_notebook
+from tests.study import (
+    cells_of,
+    light_imports,
+    lines_of,
+    make_study,
+    once,
+    processes_of,
+    run_file,
+    write_notebook,
+)
 
 pytestmark = pytest.mark.skipif(warm.default_kernel() != warm.WARM, reason="Linux only")
 
 STATES = ["CC_continue", "CD_punished"]
 PLAYERS = ["tiny-gemma2", "ipd-strategic", "ipd-deontological", "ipd-utilitarian", "ipd-hybrid"]
+# Passes that are kept for a lens, for attribution and for the change that a trigger makes.
+REAL = ["01_logit_lens", "02_direct_logit_attribution", "10_delta_lens"]
+REAL_PARAMETERS = """
+model: str = "stop-behaviour"  # a model
+scenario: str = ""  # a scenario
+top_k: int = 2  # tokens, and components
+norm: str = "frozen"  # of the delta lens
+n_random: int = 1  # random directions
+seed: int = 0  # draws them
+output: str = ""  # folder
+"""
 SETTINGS = """
 import json, sys, warnings
 from pathlib import Path
@@ -40,7 +60,7 @@ settings = [pandas.get_option(name) for name in names]
 settings += [str(numpy.get_printoptions()), str(torch.get_default_dtype()), sys.path]
 settings += [plotly.io.renderers.default]
 filters = [str(f[:4]) for f in warnings.filters]
-Path(output, "settings.json").write_text(json.dumps([settings, filters]))
+told = Path(output, "settings.json").write_text(json.dumps([settings, filters]))
 """
 TROUBLE = {
     "failing": "raise ValueError('as it was told')",
@@ -74,9 +94,9 @@ def kernels(monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", str(warm.KERNELS))
 
 
-def printed(cell):
+def printed(folder):
     """The plain text that the notebook's cells have shown."""
-    cells = nbformat.read(cell.folder / "run.ipynb", as_version=4).cells
+    cells = nbformat.read(folder / "run.ipynb", as_version=4).cells
     outputs = [output for c in cells if c.cell_type == "code" for output in c.outputs]
     return [
         o.get("text", "") + o.get("data", {}).get("text/plain", "")
@@ -121,7 +141,7 @@ def test_trouble_ends_as_with_stock_kernels(study):
     ended = {
         kernel: {
             o.cell.notebook.stem: (o.state, o.error)
-            for o in run_cells(cells, workers=3, options=RunOptions(kernel=kernel, timeout=3))
+            for o in run_cells(cells, workers=3, options=RunOptions(kernel=kernel, timeout=2))
         }
         for kernel in (warm.WARM, warm.STOCK)
     }
@@ -131,7 +151,7 @@ def test_trouble_ends_as_with_stock_kernels(study):
     assert errors == {
         "failing": "ValueError: as it was told",
         "killed": died,
-        "hanging": "a code cell took longer than the limit of 3 s",
+        "hanging": "a code cell took longer than the limit of 2 s",
         "interrupted": "KeyboardInterrupt:",
         "leaving": died,
     }
@@ -190,48 +210,75 @@ def test_a_kernel_that_never_answers_is_not_waited_for(tmp_path, monkeypatch, co
         pass
 
 
-def test_libraries_are_set_up_as_in_a_stock_kernel(study):
-    write_notebook(study / "notebooks", "each", body=SETTINGS)
-    (cell,) = cells_of(study, {"each": None}, models=PLAYERS[:1], scenarios=STATES[:1])
-    found = []
-    for kernel in (warm.WARM, warm.STOCK):
-        run_cells([cell], workers=1, fresh=True, options=RunOptions(kernel=kernel))
-        found.append(json.loads((cell.folder / "settings.json").read_text()))
-    (ours, our_filters), (stock, stock_filters) = found
-    assert ours == stock
-    assert set(stock_filters) <= set(our_filters)  # of libraries that are imported, too
+def few_prompts(folder):
+    """A scenario with a trigger, with few prompts and words."""
+    content = yaml.safe_load((REPOSITORY / "data" / "scenarios" / "stop.yaml").read_text())
+    content["prompts"] = content["prompts"][::6]
+    content["trigger"]["words"] = content["trigger"]["words"][:2]
+    file = folder / "few.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
 
 
-def test_real_notebooks_give_the_same_numbers(tmp_path, monkeypatch):
-    """With stock kernels and warm ones, with activations computed and found."""
-    run = RunSpec(
-        name="both",
-        models=["ipd-strategic"],
-        scenarios=["CC_temptation"],
-        notebooks={"01_logit_lens": {}, "02_direct_logit_attribution": {}, "90_compare_models": {}},
-    )
-    monkeypatch.delenv("INTERP_KIT_ACTIVATIONS", raising=False)
-    kept = tmp_path / ".activations"
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The cells of real notebooks, run by stock and warm kernels: results, and activations kept.
+
+    One after the other in one kernel, which tells first how libraries are set up.
+    """
+    folder = tmp_path_factory.mktemp("real")
+    cells = [new_code_cell(REAL_PARAMETERS, metadata={"tags": ["parameters"]})]
+    cells += [new_code_cell(SETTINGS), new_code_cell("above = output")]
+    for name in REAL:
+        notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        cells.append(new_code_cell(f"output = above + '/{name}'"))
+        cells += [cell for cell in code if "parameters" not in cell.metadata.get("tags", [])]
+    several = new_notebook(cells=cells, metadata=notebook.metadata)
+    nbformat.write(several, folder / "several.ipynb")
+    scenario = few_prompts(folder)
+    kept = folder / "outputs" / ".activations"
     made, used = {}, {}
     for name, kernel in (("stock", warm.STOCK), ("warm", warm.WARM), ("found", warm.WARM)):
-        with monkeypatch.context() as patched:
+        run = RunSpec(
+            name=name, models=["stop-behaviour"], scenarios=[str(scenario)],
+            notebooks={"several": {}},
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patched:
+            patched.delenv("INTERP_KIT_ACTIVATIONS", raising=False)
             if name == "stock":
                 patched.setenv("INTERP_KIT_ACTIVATIONS", "")
-            made[name] = expand(run.model_copy(update={"name": name}), outputs=tmp_path)
-            outcomes = run_cells(made[name], workers=2, options=RunOptions(kernel=kernel))
-        assert [o.error for o in outcomes] == [""] * 3
+            (made[name],) = expand(run, outputs=folder / "outputs", notebooks=folder)
+            (outcome,) = run_cells([made[name]], workers=1, options=RunOptions(kernel=kernel))
+        assert outcome.error == ""
         used[name] = {f: f.stat().st_mtime_ns for f in kept.glob("*")}
+    return made, used
+
+
+def test_libraries_are_set_up_as_in_a_stock_kernel(real):
+    made, _ = real
+    found = [json.loads((cell.folder / "settings.json").read_text()) for cell in made.values()]
+    (stock, stock_filters), *others = found
+    for ours, our_filters in others:
+        assert ours == stock
+        assert set(stock_filters) <= set(our_filters)  # of libraries that are imported, too
+
+
+def test_real_notebooks_give_the_same_numbers(real):
+    """With stock kernels and warm ones, with activations computed and found."""
+    made, used = real
     assert not used["stock"]
     assert used["warm"]
     assert used["found"].keys() == used["warm"].keys()
     assert all(used["found"][file] > at for file, at in used["warm"].items())
-    for stock, *others in zip(*made.values()):
-        assert len(pd.read_csv(stock.folder / "table.csv")) > 0
-        for ours in others:
-            for table in stock.folder.glob("*.csv"):
-                assert (ours.folder / table.name).read_bytes() == table.read_bytes()
-            assert printed(ours) == printed(stock)
-            read = [json.loads((c.folder / "summary.json").read_text()) for c in (ours, stock)]
+    stock = made["stock"].folder
+    for ours in (made["warm"].folder, made["found"].folder):
+        assert printed(ours) == printed(stock)
+        for name in REAL:
+            assert len(pd.read_csv(stock / name / "table.csv")) > 0
+            for table in (stock / name).glob("*.csv"):
+                assert (ours / name / table.name).read_bytes() == table.read_bytes()
+            read = [json.loads((f / name / "summary.json").read_text()) for f in (ours, stock)]
             assert read[0]["values"] == read[1]["values"]
 
 
@@ -242,7 +289,7 @@ def start(study, mark, *arguments):
         [sys.executable, "-m", "tests.study", study / "notebooks", "run", study / "trial.yaml",
          "--outputs", study / "outputs", *arguments],
         cwd=REPOSITORY,
-        env=os.environ | {"MARK": mark},
+        env=os.environ | {"MARK": mark, "PYTHONPATH": light_imports(study)},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -259,7 +306,7 @@ def _gone(mark, seconds=15.0):
 
 
 def _wait_for_lines(log, n, process):
-    while not log.is_file() or len(log.read_text().splitlines()) < n:
+    while lines_of(log) < n:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 
@@ -297,29 +344,28 @@ def test_a_run_that_is_stopped_leaves_no_process_and_goes_on(study, how, kernel)
         )
         assert not (study / "outputs" / "trial" / "failed").exists()
         assert not (study / "outputs" / "trial" / ".running").exists()
-    before = len(log.read_text().splitlines())
+    before = lines_of(log)
     outcomes = run_cells(cells_of(study, given), workers=2, options=RunOptions(kernel=warm.WARM))
     assert [o.state for o in outcomes].count("up to date") == len(done)
-    assert len(log.read_text().splitlines()) == before + 4 - len(done)
+    assert lines_of(log) == before + 4 - len(done)
 
 
-def test_a_run_outlives_its_zygote(study):
+def test_a_run_outlives_its_zygote(study, monkeypatch):
     log = study / "log"
     cells = cells_of(study, {"logged": {"log": str(log), "pause": 1.0}})
+    monkeypatch.setenv("PYTHONPATH", light_imports(study))
+    monkeypatch.setattr(warm, "_zygotes", {})  # the other tests keep theirs
     zygote = warm.start_zygote()
-
-    def kill():
-        while not log.is_file():
-            time.sleep(0.05)
-        os.kill(zygote.pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    outcomes = run_cells(cells, workers=2, options=RunOptions(kernel=warm.WARM))
-    killer.join(timeout=10)
-    assert [o.error for o in outcomes] == [""] * 4
-    assert warm.start_zygote().pid != zygote.pid
-    assert not psutil.pid_exists(zygote.pid)  # and was reaped
+    try:
+        with once(log.is_file, lambda: os.kill(zygote.pid, signal.SIGKILL)) as killed:
+            outcomes = run_cells(cells, workers=2, options=RunOptions(kernel=warm.WARM))
+        assert killed.is_set()
+        assert [o.error for o in outcomes] == [""] * 4
+        assert warm.start_zygote().pid != zygote.pid
+        assert not psutil.pid_exists(zygote.pid)  # and was reaped
+    finally:
+        warm.start_zygote().kill()
+        warm.start_zygote().wait()
 
 
 # ------------------------------------------------------------------------------------ where it is
