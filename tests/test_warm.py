@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -364,8 +365,23 @@ def test_a_run_outlives_its_zygote(study, monkeypatch):
         assert warm.start_zygote().pid != zygote.pid
         assert not psutil.pid_exists(zygote.pid)  # and was reaped
     finally:
-        warm.start_zygote().kill()
-        warm.start_zygote().wait()
+        later = warm.start_zygote()
+        later.kill()
+        later.wait()
+
+
+@pytest.mark.parametrize("ctrl_c", [False, True])
+def test_a_zygote_that_has_not_answered_is_killed(monkeypatch, ctrl_c):
+    """A late answer would be taken for that of the next kernel."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", "input(); input()"], **pipes) as mute:
+        monkeypatch.setattr(warm, "start_zygote", lambda: mute)
+        monkeypatch.setattr(warm, "ANSWER_SECONDS", 30 if ctrl_c else 0.3)
+        if ctrl_c:
+            threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt if ctrl_c else RuntimeError):
+            warm.fork_kernel({"argv": [], "env": {}, "cwd": "."})
+        assert mute.wait(timeout=5) == -signal.SIGKILL
 
 
 # ------------------------------------------------------------------------------------ where it is
