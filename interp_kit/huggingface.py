@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from interp_kit.hub import ModelFiles, from_disk
+from interp_kit.hub import ModelFiles, first_line, from_disk
 from interp_kit.specs import InputError
+
+TEMPLATE_DATE = date(2025, 1, 1)
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 def default_device() -> str:
@@ -33,7 +38,14 @@ def own_tokenizer(files: ModelFiles) -> Path | None:
     folder = files.adapter
     if folder is None or not (folder / "tokenizer_config.json").is_file():
         return None
-    return None if vocabulary_of(folder) == vocabulary_of(files.base) else folder
+    try:
+        return None if vocabulary_of(folder) == vocabulary_of(files.base) else folder
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model {files.spec.name!r}: {folder} has a tokenizer_config.json, but no tokenizer "
+            f"that can be read ({first_line(error)}); copy tokenizer.json there, or remove "
+            "tokenizer_config.json"
+        ) from None
 
 
 @cache
@@ -59,23 +71,27 @@ def shape_of(files: ModelFiles) -> PreTrainedModel:
 
 
 def tokenizer_of(files: ModelFiles) -> Any:
-    """The adapter's tokenizer if it brings one, else the base's; a chat template only if asked for.
+    """The adapter's tokenizer if it brings other tokens, else the base's; with ``template_of``."""
+    tokenizer = _tokenizer(files, own_tokenizer(files) or files.base)
+    tokenizer.chat_template = template_of(files)
+    return tokenizer
 
-    Raises ``InputError`` if the spec asks for a chat template that the tokenizer does not have.
+
+def template_of(files: ModelFiles) -> str | None:
+    """The chat template, if the spec asks for one: the adapter's own, else the base's.
+
+    Where a template writes today's date it gets ``TEMPLATE_DATE`` instead, so that results do not
+    change overnight. Raises ``InputError`` if the spec asks for a chat template and there is none.
     """
-    spec, folder = files.spec, own_tokenizer(files) or files.base
-    with from_disk(spec.name):
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
-        )
-    if spec.chat_template and not tokenizer.chat_template:
+    if not files.spec.chat_template:
+        return None
+    template = _template(files)
+    if not template:
         raise InputError(
-            f"model {spec.name!r}: chat_template is true, but its tokenizer has none; "
+            f"model {files.spec.name!r}: chat_template is true, but its tokenizer has none; "
             "set it to false, or name a model whose tokenizer has one"
         )
-    if not spec.chat_template:
-        tokenizer.chat_template = None
-    return tokenizer
+    return TODAY.sub(lambda found: repr(TEMPLATE_DATE.strftime(found[2])), template)
 
 
 @contextmanager
@@ -92,3 +108,22 @@ def quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------- internals
+def _template(files: ModelFiles) -> str | None:
+    """The adapter's, if it has one, else the base's."""
+    folder = files.adapter
+    if folder is not None and (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    own = None
+    if folder is not None and (folder / "tokenizer_config.json").is_file():
+        own = _tokenizer(files, folder).chat_template
+    return own or _tokenizer(files, files.base).chat_template
+
+
+def _tokenizer(files: ModelFiles, folder: Path) -> Any:
+    with from_disk(files.spec.name):
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=files.spec.trust_remote_code, local_files_only=True
+        )

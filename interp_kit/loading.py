@@ -6,6 +6,7 @@
 import gc
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +20,8 @@ from interp_kit.catalogue import find_model
 from interp_kit.formats import read_texts
 from interp_kit.hub import ModelFiles
 from interp_kit.huggingface import default_device
-from interp_kit.lora import lora_modules, show_token_rows, vocabulary
-from interp_kit.pretrained import Loaded, boot, locate
+from interp_kit.lora import activate, lora_modules, own_copy, vocabulary
+from interp_kit.pretrained import Loaded, boot, boot_merged, check_bridge, locate
 from interp_kit.specs import InputError, ModelSpec
 
 Key = tuple[Hashable, ...]  # what models have in common that share a base in memory
@@ -69,30 +70,20 @@ class Models:
         remembers what it switched to, and does nothing if it is asked for the same again.
         """
         loaded = self._load(name)
-        if self._active.get(self._key(name)) == name:
-            return loaded.bridge
-        if name in loaded.adapters:
-            model: Any = loaded.bridge.original_model
-            model.enable_adapters()
-            model.set_adapter(loaded.adapters[name])
-            show_token_rows(model, loaded.adapters[name])
-            model.requires_grad_(False)  # set_adapter makes the adapter trainable
-            self._active[self._key(name)] = name
-        else:
-            self.base_of(name)
-        return loaded.bridge
+        if name not in loaded.adapters:  # a base, or a model merged into its own
+            return self._activate(self._key(name), "")
+        return self._activate(self._key(name), name)
 
     def base_of(self, name: str) -> TransformerBridge:
         """The bridge, computing as the base of model ``name``: with no adapter, and its tokens.
 
-        The same bridge that ``switch`` hands out.
+        The same bridge that ``switch`` hands out, unless the model is merged into its own base.
         """
-        loaded = self._load(name)
-        if loaded.adapters and self._active.get(self._key(name)) != "":
-            cast(Any, loaded.bridge.original_model).disable_adapters()
-            show_token_rows(loaded.bridge.original_model, None)
-            self._active[self._key(name)] = ""
-        return loaded.bridge
+        files = self._files(name)
+        if own_copy(files):
+            alone = {"adapter": None, "adapter_revision": None}
+            files = replace(files, spec=files.spec.model_copy(update=alone), adapter=None)
+        return self._activate(self._load_base(files), "")
 
     def unload(self, name: str) -> None:
         """Free the memory of the base of model ``name``, and of all adapters on it.
@@ -178,6 +169,20 @@ class Models:
                 "choose models with the same base, revision, dtype, prompt format and tokens"
             )
 
+    def _activate(self, key: Key, name: str) -> TransformerBridge:
+        """The bridge, with the adapter of model ``name`` alone, or with none for ""."""
+        loaded = self._loaded[key]
+        if self._active.get(key) != name:
+            if loaded.adapters:
+                activate(loaded.bridge.original_model, loaded.adapters.get(name))
+            # Booting loads the tokenizer again from its folder, with the template that is there.
+            loaded.bridge.tokenizer.chat_template = loaded.templates[name]
+            self._active[key] = name
+        if name not in loaded.checked:
+            check_bridge(loaded, name)
+            loaded.checked.add(name)
+        return loaded.bridge
+
     def _spec(self, name: str) -> ModelSpec:
         if name not in self.specs:
             raise InputError(f"model {name!r} was not loaded; expected one of {list(self.specs)}")
@@ -194,11 +199,19 @@ class Models:
         return self._found[name]
 
     def _load(self, name: str) -> Loaded:
-        key = self._key(name)
+        return self._loaded[self._load_base(self._files(name))]
+
+    def _load_base(self, files: ModelFiles) -> Key:
+        """Load the base of these files, unless it is there, with every adapter that shares it."""
+        key = _same_base(files)
         if key not in self._loaded:
-            tuned = [s.name for s in self.specs.values() if s.adapter and self._key(s.name) == key]
-            self._loaded[key] = boot(self._files(name), [*map(self._files, tuned)], self.device)
-        return self._loaded[key]
+            if own_copy(files):
+                self._loaded[key] = boot_merged(files, self.device)
+            else:
+                on_it = [s.name for s in self.specs.values() if s.adapter]
+                tuned = [self._files(n) for n in on_it if self._key(n) == key]
+                self._loaded[key] = boot(files, tuned, self.device)
+        return key
 
 
 def load_models(
@@ -223,11 +236,13 @@ def load_model(
 def _same_base(files: ModelFiles) -> Key:
     """What two models have in common that can share one base in memory.
 
-    An adapter with a tokenizer of its own gets a base whose embedding has rows for it.
+    An adapter with a tokenizer of its own gets a base whose embedding has rows for it; one that
+    changes more than can be switched, a base that it shares with none.
     """
     spec = files.spec
     how = (spec.dtype, spec.quantization, spec.device_map, spec.chat_template, spec.prepend_bos)
-    return (spec.base, spec.revision, *how, spec.trust_remote_code, vocabulary(files))
+    alone = spec.adapter if own_copy(files) else ""
+    return (spec.base, spec.revision, *how, spec.trust_remote_code, vocabulary(files), alone)
 
 
 def _size(bridge: TransformerBridge) -> dict[str, int | float]:

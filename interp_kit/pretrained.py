@@ -6,12 +6,14 @@ the Hugging Face cache; a token comes only from the environment.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
@@ -24,9 +26,33 @@ from interp_kit.hub import (
     from_disk,
     weights_hash,
 )
-from interp_kit.huggingface import config_of, default_device, quiet, shape_of, tokenizer_of
+from interp_kit.huggingface import (
+    config_of,
+    default_device,
+    own_tokenizer,
+    quiet,
+    shape_of,
+    template_of,
+    tokenizer_of,
+)
 from interp_kit.identity import register
-from interp_kit.lora import check_adapter, extend_embedding, vocabulary, whole_embedding
+from interp_kit.loading_checks import (
+    check_adapter_report,
+    check_finite,
+    check_loaded,
+    check_report,
+    check_vocabulary,
+    noise_bound,
+    probe,
+)
+from interp_kit.lora import (
+    activate,
+    check_adapter,
+    extend_embedding,
+    merged,
+    own_copy,
+    vocabulary,
+)
 from interp_kit.prompts import Tokenizing
 from interp_kit.quantization import (
     check_machine,
@@ -39,27 +65,21 @@ from interp_kit.specs import InputError, ModelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """One base in memory, and the PEFT names of the adapters on it."""
+    """One base in memory, and the PEFT names of the adapters that share it."""
 
     bridge: TransformerBridge
     adapters: dict[str, str]  # model name -> PEFT adapter name
+    templates: dict[str, str | None]  # chat templates, by model name; "" for the base
+    # Logits of plain Hugging Face and PEFT on a fixed sequence, by model name; "" for the base, or
+    # for the one model that is merged into it.
+    expected: dict[str, Float[Tensor, "pos vocab"]]
+    checked: set[str] = field(default_factory=set)  # for which the bridge was compared with them
 
 
 def load_huggingface(spec: ModelSpec, *, device: str | None = None) -> torch.nn.Module:
     """The model as plain Hugging Face and PEFT compute it: the reference for the bridge."""
     device = device or default_device()
-    files = locate(spec, device)
-    model: Any = _base_model(files, device)
-    extend_embedding(files, model)
-    if files.adapter:
-        from peft import PeftModel
-
-        check_adapter(files, model)
-        with quiet():
-            model = PeftModel.from_pretrained(model, str(files.adapter))
-        if whole_embedding(files):
-            model.get_base_model().tie_weights()
-    return model.eval()
+    return _huggingface(locate(spec, device), device)
 
 
 def inspect_model(spec: ModelSpec) -> Tokenizing:
@@ -68,6 +88,7 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
     Raises what loading would raise, in a fraction of the time.
     """
     files = locate(spec, default_device())
+    own_copy(files)
     check_quantization(files, default_device())
     config = config_of(files)
     if Path(spec.base).is_dir():
@@ -78,6 +99,8 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
         check_adapter(files, shape)
     tokenizer = tokenizer_of(files)
     text = config.get_text_config()
+    if own_tokenizer(files) is None:
+        check_vocabulary(spec.name, tokenizer, text.vocab_size)
     cfg = SimpleNamespace(
         default_prepend_bos=spec.prepend_bos and tokenizer.bos_token_id is not None,
         d_vocab=max(text.vocab_size, max(tokenizer.get_vocab().values()) + 1),
@@ -93,8 +116,10 @@ def locate(spec: ModelSpec, device: str) -> ModelFiles:
 
 
 def boot(files: ModelFiles, tuned: Sequence[ModelFiles], device: str) -> Loaded:
-    """The base as a bridge in evaluation mode, with the adapters of all ``tuned`` on it."""
-    spec, base = files.spec, _base_hash(files)
+    """The base as a bridge in evaluation mode, with the adapters of all ``tuned`` on it.
+
+    Raises ``InputError`` if the bridge does not compute what plain Hugging Face and PEFT do.
+    """
     model: Any = _base_model(files, device)
     extend_embedding(files, model)
     adapters, hashes = {}, {}
@@ -104,11 +129,66 @@ def boot(files: ModelFiles, tuned: Sequence[ModelFiles], device: str) -> Loaded:
         name = adapters[own.spec.name] = f"finetune_{i}"
         hashes[name] = content_hash(own.spec.adapter, own.spec.adapter_revision)
         with quiet():
-            model.load_adapter(str(own.adapter), adapter_name=name)
-        if whole_embedding(own):
-            model.tie_weights()  # the output matrix follows the embedding that was just replaced
-    tokenizer = tokenizer_of(files)
+            report = model.load_adapter(str(own.adapter), adapter_name=name)
+        check_adapter_report(own.spec.name, report, model, adapter=name)
+    expected: dict[str, Tensor] = {}
+    for own, name in adapters.items():
+        activate(model, name)
+        expected[own] = probe(model)
+    if adapters:
+        activate(model, None)
+    expected[""] = probe(model)
+    bridge = _bridge(files, model, device)
+    register(bridge, base=_base_hash(files), adapters=hashes)
+    templates = {own.spec.name: template_of(own) for own in tuned} | {"": template_of(files)}
+    return Loaded(bridge=bridge, adapters=adapters, templates=templates, expected=expected)
+
+
+def boot_merged(files: ModelFiles, device: str) -> Loaded:
+    """The base with one adapter merged into its weights, shared with no other model."""
+    model: Any = _huggingface(files, device)
+    expected = {"": probe(model)}
+    bridge = _bridge(files, merged(model), device)
+    register(bridge, base=weights_hash(files.spec), adapters={})
+    return Loaded(bridge=bridge, adapters={}, templates={"": template_of(files)}, expected=expected)
+
+
+def check_bridge(loaded: Loaded, name: str) -> None:
+    """Raise ``InputError`` unless the bridge computes now as Hugging Face and PEFT did before.
+
+    ``name`` is the model whose adapter is active; empty for the base, or for a merged model.
+    """
+    expected = loaded.expected[name]
+    found = probe(loaded.bridge)
+    error = float((found - expected).abs().max())
+    if not error <= noise_bound(expected, loaded.bridge.cfg.dtype):
+        raise InputError(
+            f"{f'model {name!r}' if name else 'the base'}: its logits differ by {error:.1e} "
+            "between TransformerLens' bridge and plain Hugging Face, of "
+            f"{float(expected.abs().max()):.1f} at most; this architecture or adapter is not "
+            "computed rightly, so nothing is analysed: merge the adapter into its base, or report "
+            "the model's config to TransformerLens"
+        )
+
+
+# ------------------------------------------------------------------------------------- internals
+def _huggingface(files: ModelFiles, device: str) -> torch.nn.Module:
+    model: Any = _base_model(files, device)
+    extend_embedding(files, model)
+    if files.adapter:
+        from peft import PeftModel
+
+        check_adapter(files, model)
+        with quiet(), from_disk(files.spec.name):
+            model = PeftModel.from_pretrained(model, str(files.adapter))
+        check_loaded(files, model)
+    return model.eval()
+
+
+def _bridge(files: ModelFiles, model: Any, device: str) -> TransformerBridge:
+    spec, tokenizer = files.spec, tokenizer_of(files)
     has_bos = tokenizer.bos_token_id is not None
+    check_vocabulary(spec.name, tokenizer, model.get_input_embeddings().weight.shape[0])
     with quiet():
         bridge = TransformerBridge.boot_transformers(
             spec.base,
@@ -119,22 +199,13 @@ def boot(files: ModelFiles, tuned: Sequence[ModelFiles], device: str) -> Loaded:
         )
     # Booting invents a BOS for a tokenizer without one; prompts must not get that.
     bridge.cfg.default_prepend_bos = spec.prepend_bos and has_bos
-    bridge.eval().requires_grad_(False)
-    register(bridge, base=base, adapters=hashes)
-    return Loaded(bridge=bridge, adapters=adapters)
+    return bridge.eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------- internals
 def _base_hash(files: ModelFiles) -> str:
     """Of the weights that the models on this base share, rows for an adapter's tokens included."""
-    spec = files.spec
-    parts = [
-        weights_hash(spec.model_copy(update={"adapter": None, "adapter_revision": None})),
-        vocabulary(files),
-    ]
-    if whole_embedding(files):  # which replaces that of the base
-        parts.append(content_hash(spec.adapter, spec.adapter_revision))
-    return digest(parts)
+    alone = files.spec.model_copy(update={"adapter": None, "adapter_revision": None})
+    return digest([weights_hash(alone), vocabulary(files)])
 
 
 def _base_model(files: ModelFiles, device: str) -> Any:
@@ -148,8 +219,9 @@ def _base_model(files: ModelFiles, device: str) -> Any:
     if spec.quantization or spec.device_map:
         how["device_map"] = spec.device_map if spec.device_map and device != "cpu" else device
     with from_disk(spec.name), quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.base,
+            output_loading_info=True,
             dtype=getattr(torch, spec.dtype),
             attn_implementation="eager",  # the bridge needs it, and Gemma-2 refuses sdpa
             use_safetensors=True,
@@ -157,6 +229,8 @@ def _base_model(files: ModelFiles, device: str) -> Any:
             local_files_only=True,
             **how,
         )
+    model, report = loaded
+    check_report(spec.name, report)
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) > 1:
         raise InputError(
@@ -164,6 +238,7 @@ def _base_model(files: ModelFiles, device: str) -> Any:
             f"{', '.join(sorted(places))}, but analyses compare its layers on one device; use a "
             "GPU that holds all of it, or set quantization: 4bit"
         )
+    check_finite(spec.name, model)
     if spec.quantization == "4bit":
         finish_4bit(model)
     return model if "device_map" in how else model.to(device)

@@ -11,6 +11,7 @@ import torch
 from interp_kit.specs import InputError, Scenario
 
 Sign = Literal["positive", "negative"]
+PLACE = "=place="  # stands for a prompt, to see where a chat template puts it
 
 
 @runtime_checkable
@@ -116,13 +117,13 @@ def encode(
     fit into the context.
     """
     formatted = with_template(bridge, text)
-    if formatted != text:
+    if has_template(bridge):
         positive, negative = positive.lstrip(), negative.lstrip()
-    tokens = token_ids(bridge, formatted)
+    tokens = prompt_ids(bridge, formatted)
     answers = [answer_ids(bridge, formatted, tokens, a) for a in (positive, negative)]
-    swapped = (
-        None if counterfactual is None else token_ids(bridge, with_template(bridge, counterfactual))
-    )
+    swapped = None
+    if counterfactual is not None:
+        swapped = prompt_ids(bridge, with_template(bridge, counterfactual))
     prompt = Prompt(
         id=id,
         group=group,
@@ -134,7 +135,7 @@ def encode(
         negative_label=labels[1],
         counterfactual=swapped,
         segments=tuple(
-            _segment(bridge, id, name, parts, formatted, counterfactual)
+            _segment(bridge, id, name, parts, text, counterfactual)
             for name, parts in (segments or {}).items()
         ),
     )
@@ -212,6 +213,16 @@ def token_ids(bridge: Tokenizing, text: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def prompt_ids(bridge: Tokenizing, formatted: str) -> tuple[int, ...]:
+    """What generation begins with: a text ``with_template``, and BOS only where that gives it.
+
+    Without a chat template, as ``token_ids``.
+    """
+    if not has_template(bridge):
+        return token_ids(bridge, formatted)
+    return tuple(bridge.tokenizer(formatted, add_special_tokens=False)["input_ids"])
+
+
 def token_of(bridge: Tokenizing, text: str) -> int:
     """The one token that ``text`` adds to a prompt.
 
@@ -244,13 +255,17 @@ def trigger_tokens(bridge: Tokenizing, scenario: Scenario) -> dict[str, int]:
     return {text.strip(): token_of(bridge, text) for text in texts}
 
 
+def has_template(bridge: Tokenizing) -> bool:
+    """Whether prompts become a user's turn."""
+    return bool(bridge.tokenizer.chat_template)
+
+
 def with_template(bridge: Tokenizing, text: str) -> str:
     """The text as a user's turn, answer to follow, if the model has a chat template."""
-    tokenizer = bridge.tokenizer
-    if not tokenizer.chat_template:
+    if not has_template(bridge):
         return text
     turn = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return bridge.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
 
 
 def _segment(
@@ -258,14 +273,14 @@ def _segment(
     prompt: str,
     name: str,
     parts: str | Sequence[str],
-    formatted: str,
+    text: str,
     counterfactual: str | None,
 ) -> Segment:
     here, there = (parts, parts) if isinstance(parts, str) else parts
-    ours = _positions_of(bridge, here, formatted)
+    ours = _positions_of(bridge, here, text)
     if counterfactual is None:
         return Segment(name=name, positions=ours)
-    theirs = _positions_of(bridge, there, with_template(bridge, counterfactual))
+    theirs = _positions_of(bridge, there, counterfactual)
     if len(ours) != len(theirs):
         raise InputError(
             f"prompt {prompt!r}: segment {name!r} has {len(ours)} tokens, and {len(theirs)} in the "
@@ -275,12 +290,18 @@ def _segment(
 
 
 def _positions_of(bridge: Tokenizing, part: str, text: str) -> tuple[int, ...]:
-    """Positions, BOS counted, of the tokens that overlap with ``part`` in ``text``."""
-    offsets = bridge.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    if (first := text.find(part)) < 0:
+    """Positions, BOS counted, of the tokens that overlap with ``part`` of the prompt ``text``.
+
+    The chat template's own words are not searched: it is asked where it puts another text.
+    """
+    formatted = with_template(bridge, text)
+    before, after = with_template(bridge, PLACE).split(PLACE, 1)
+    offsets = bridge.tokenizer(formatted, add_special_tokens=False, return_offsets_mapping=True)
+    first = formatted.find(part, len(before), len(formatted) - len(after))
+    if first < 0 or not formatted.startswith(before):
         raise InputError(f"segment {part!r} does not occur in {text!r}; give words of the prompt")
     last = first + len(part)
-    added = len(token_ids(bridge, text)) - len(offsets["input_ids"])  # a BOS
+    added = len(prompt_ids(bridge, formatted)) - len(offsets["input_ids"])  # a BOS
     return tuple(
         added + i
         for i, (start, end) in enumerate(offsets["offset_mapping"])
@@ -300,7 +321,7 @@ def answer_ids(
     Raises ``InputError`` if the answer's tokens alone do not spell it there.
     """
     tokenizer = bridge.tokenizer
-    whole = token_ids(bridge, text + answer)
+    whole = prompt_ids(bridge, text + answer)
     if whole[: len(tokens)] == tokens:
         return whole[len(tokens) :]
     apart = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])

@@ -341,7 +341,7 @@ def test_a_model_that_does_not_fit_one_device_is_refused(wide_folders, monkeypat
     def spread(*given, **how):
         model = AutoModelForCausalLM.from_config(config_of(find_files(spec)))
         model.lm_head.to("meta")
-        return model
+        return model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
     spec = spec_of(wide_folders["llama"], device_map="auto")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spread)

@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.decisions import Ids, continuation_log_probs, decide
 from interp_kit.evaluations import MultipleChoice
 from interp_kit.predictions import Prediction, Uncertainty
-from interp_kit.prompts import Prompt, answer_ids, token_ids, with_template
+from interp_kit.prompts import Prompt, answer_ids, has_template, prompt_ids, with_template
 from interp_kit.specs import InputError
 from interp_kit.statistics import bootstrap_interval, share_interval, verdict
 
@@ -294,9 +294,9 @@ def _encode(
 ) -> tuple[Ids, list[Ids]]:
     """Token ids of the prompt and of each answer to it."""
     formatted = with_template(bridge, text)
-    if formatted != text:
+    if has_template(bridge):
         answers = [answer.lstrip() for answer in answers]
-    tokens = token_ids(bridge, formatted)
+    tokens = prompt_ids(bridge, formatted)
     ids = [answer_ids(bridge, formatted, tokens, answer) for answer in answers]
     longest = len(tokens) + max(map(len, ids))
     if longest > bridge.cfg.n_ctx:

@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.decisions import answer_log_probs, batches, losses
 from interp_kit.endpoints import BadReply, ChatClient, run_async
 from interp_kit.evaluations import OpenQuestion
-from interp_kit.prompts import encode, token_ids, with_template
+from interp_kit.prompts import encode, prompt_ids, token_ids, with_template
 from interp_kit.specs import InputError
 
 ANSWER = "{question} Answer:"
@@ -87,7 +87,7 @@ def generate(
     the global random state is left as it was. Raises ``InputError`` if prompt and answer do
     not fit into the context.
     """
-    rows = [token_ids(bridge, with_template(bridge, _fill(template, q))) for q in questions]
+    rows = [prompt_ids(bridge, with_template(bridge, _fill(template, q))) for q in questions]
     for question, row in zip(questions, rows):
         if len(row) + max_new_tokens > bridge.cfg.n_ctx:
             raise InputError(
