@@ -79,11 +79,13 @@ class Models:
 
         The same bridge that ``switch`` hands out, unless the model is merged into its own base.
         """
-        files = self._files(name)
+        key, files = self._key(name), self._files(name)
         if own_copy(files):
             alone = {"adapter": None, "adapter_revision": None}
             files = replace(files, spec=files.spec.model_copy(update=alone), adapter=None)
-        return self._activate(self._load_base(files), "")
+            key = _same_base(files)
+        self._load_base(key, files)
+        return self._activate(key, "")
 
     def unload(self, name: str) -> None:
         """Free the memory of the base of model ``name``, and of all adapters on it.
@@ -199,11 +201,12 @@ class Models:
         return self._found[name]
 
     def _load(self, name: str) -> Loaded:
-        return self._loaded[self._load_base(self._files(name))]
+        key = self._key(name)
+        self._load_base(key, self._files(name))
+        return self._loaded[key]
 
-    def _load_base(self, files: ModelFiles) -> Key:
+    def _load_base(self, key: Key, files: ModelFiles) -> None:
         """Load the base of these files, unless it is there, with every adapter that shares it."""
-        key = _same_base(files)
         if key not in self._loaded:
             if own_copy(files):
                 self._loaded[key] = boot_merged(files, self.device)
@@ -211,7 +214,6 @@ class Models:
                 on_it = [s.name for s in self.specs.values() if s.adapter]
                 tuned = [self._files(n) for n in on_it if self._key(n) == key]
                 self._loaded[key] = boot(files, tuned, self.device)
-        return key
 
 
 def load_models(
