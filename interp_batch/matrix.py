@@ -344,7 +344,9 @@ def _scenario_hash(scenario: Scenario) -> str:
 
 
 def _model_hash(spec: ModelSpec) -> str:
-    parts = [spec.model_dump_json(exclude={"base", "adapter", "documents", "base_documents"})]
+    own = {"base", "adapter", "documents", "base_documents", "tuned_from", "parent"}
+    parts = [spec.model_dump_json(exclude=own)]
+    parts.append(_model_hash(spec.parent) if spec.parent else "")
     for file in (spec.documents, spec.base_documents):
         parts.append(file_hash(Path(file)) if file else "")
     return hashlib.sha256("\0".join([*parts, weights_hash(spec)]).encode()).hexdigest()

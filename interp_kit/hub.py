@@ -2,18 +2,22 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from interp_kit.files import files_hash, sha256
+from interp_kit.catalogue import gguf_file, is_gguf
+from interp_kit.files import file_hash, files_hash, sha256
 from interp_kit.specs import InputError, ModelSpec
 
+CACHE = "INTERP_KIT_CACHE"  # environment variable: the folder of dequantised GGUF files
 CHECKSUMS = "SHA256SUMS"  # of weights, beside them
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -40,9 +44,25 @@ def find_files(spec: ModelSpec) -> ModelFiles:
 
 
 def missing_files(spec: ModelSpec) -> list[str]:
-    """The Hugging Face ids of the model whose files are not on this machine."""
+    """The Hugging Face ids, or the GGUF file, of the model that are not on this machine."""
+    if is_gguf(spec.base):
+        try:
+            gguf_file(spec.base, spec.name)
+        except InputError:
+            return [spec.base]
+        return []
     places = [(spec.base, spec.revision), (spec.adapter, spec.adapter_revision)]
     return [p for p, revision in places if p and not Path(p).is_dir() and not _cached(p, revision)]
+
+
+def gguf_folder(spec: ModelSpec) -> Path:
+    """The folder into which the spec's GGUF file is dequantised: by its content and the dtype."""
+    file = gguf_file(spec.base, spec.name)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get(CACHE) or Path(home) / "interp-kit")
+    return (
+        cache / "gguf" / f"{file.stem}-{spec.dtype}-{_sha256(file, file.stat().st_mtime_ns)[:16]}"
+    )
 
 
 def is_complete(folder: Path) -> bool:
@@ -82,11 +102,13 @@ def weights_hash(spec: ModelSpec) -> str:
 
 
 def content_hash(place: str | None, revision: str | None) -> str:
-    """Of the config and weights in a folder; of a Hugging Face id its commit on this machine."""
+    """Of a folder its config and weights, of a GGUF file itself, of an id its commit here."""
     folder = Path(place or "")
     if place and folder.is_dir():
         files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors"))
         return files_hash(files, folder)
+    if place and is_gguf(place):
+        return file_hash(gguf_file(place, place))
     snapshot = _snapshot(place, revision) if place else None
     return f"{place}@{revision}@{snapshot.name if snapshot else ''}"
 
@@ -149,6 +171,11 @@ def tensor_shapes(file: Path, name: str) -> dict[str, list[int]]:
 
 
 # ------------------------------------------------------------------------------------- internals
+@cache
+def _sha256(file: Path, modified: int) -> str:
+    return sha256(file)
+
+
 def _cached(place: str, revision: str | None) -> bool:
     folder = _snapshot(place, revision)
     return folder is not None and is_complete(folder)
@@ -162,10 +189,12 @@ def _snapshot(place: str, revision: str | None) -> Path | None:
 
 
 def _base_folder(spec: ModelSpec) -> Path:
-    """The base's folder: as given, or the cache's copy of what the hub has.
+    """The base's folder: as given, dequantised, or the cache's copy of what the hub has.
 
     transformers, given an id, asks the hub for an adapter beside it even when told not to.
     """
+    if is_gguf(spec.base):
+        return gguf_folder(spec)
     if Path(spec.base).is_dir():
         return Path(spec.base)
 

@@ -24,6 +24,10 @@ from transformers.utils import logging as transformers_logging
 from interp_kit.hub import ModelFiles, first_line, from_disk
 from interp_kit.specs import InputError
 
+SIZES = (
+    "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "vocab_size",
+)  # fmt: skip
 TEMPLATE_DATE = date(2025, 1, 1)
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
@@ -50,9 +54,17 @@ def own_tokenizer(files: ModelFiles) -> Path | None:
 
 @cache
 def vocabulary_of(folder: Path) -> str:
-    """A hash of the tokens and ids of the tokenizer in a folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    """The number of tokens of the tokenizer in a folder, and a hash of them with their ids."""
+    tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    digest = hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()
+    return f"{len(tokens)} tokens, sha256 {digest[:16]}"
+
+
+def dimensions(files: ModelFiles) -> dict[str, Any]:
+    """What two models must have in common for activations of one to stand in the other."""
+    text = config_of(files).get_text_config()
+    vocabulary = vocabulary_of(own_tokenizer(files) or files.base)
+    return {size: getattr(text, size, None) for size in SIZES} | {"vocabulary": vocabulary}
 
 
 def config_of(files: ModelFiles) -> PretrainedConfig:
@@ -72,20 +84,22 @@ def shape_of(files: ModelFiles) -> PreTrainedModel:
 
 def tokenizer_of(files: ModelFiles) -> Any:
     """The adapter's tokenizer if it brings other tokens, else the base's; with ``template_of``."""
-    tokenizer = _tokenizer(files, own_tokenizer(files) or files.base)
-    tokenizer.chat_template = template_of(files)
+    own = own_tokenizer(files)
+    tokenizer = _tokenizer(files, own or files.base)
+    tokenizer.chat_template = template_of(files, base=None if own else tokenizer)
     return tokenizer
 
 
-def template_of(files: ModelFiles) -> str | None:
+def template_of(files: ModelFiles, *, base: Any = None) -> str | None:
     """The chat template, if the spec asks for one: the adapter's own, else the base's.
 
     Where a template writes today's date it gets ``TEMPLATE_DATE`` instead, so that results do not
-    change overnight. Raises ``InputError`` if the spec asks for a chat template and there is none.
+    change overnight. ``base`` is the base's tokenizer, if it was loaded before. Raises
+    ``InputError`` if the spec asks for a chat template and there is none.
     """
     if not files.spec.chat_template:
         return None
-    template = _template(files)
+    template = _template(files, base)
     if not template:
         raise InputError(
             f"model {files.spec.name!r}: chat_template is true, but its tokenizer has none; "
@@ -111,15 +125,15 @@ def quiet() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------- internals
-def _template(files: ModelFiles) -> str | None:
-    """The adapter's, if it has one, else the base's."""
+def _template(files: ModelFiles, base: Any) -> str | None:
+    """The adapter's, if it has one, else the base's, whose tokenizer may be loaded already."""
     folder = files.adapter
     if folder is not None and (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     own = None
     if folder is not None and (folder / "tokenizer_config.json").is_file():
         own = _tokenizer(files, folder).chat_template
-    return own or _tokenizer(files, files.base).chat_template
+    return own or (base or _tokenizer(files, files.base)).chat_template
 
 
 def _tokenizer(files: ModelFiles, folder: Path) -> Any:

@@ -12,6 +12,7 @@ PyTorch counts the changes of a tensor, and those are what is noticed here. Chan
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -27,7 +28,7 @@ State = tuple[int, Adapters]  # how often weights were seen to change; the adapt
 _KEY = "_interp_kit_watched"  # on the bridge itself: what is kept about it is freed with it
 
 
-def register(bridge: TransformerBridge, *, base: str, adapters: Mapping[str, str]) -> None:
+def register(bridge: TransformerBridge, *, base: str | None, adapters: Mapping[str, str]) -> None:
     """Say what a bridge was booted from: hashes of its base, and of each adapter by PEFT name."""
     vars(bridge)[_KEY] = _Watched(bridge, base=base, adapters=adapters)
 
@@ -58,6 +59,18 @@ def identity_of(bridge: TransformerBridge) -> str | None:
         return None
     named = [(at, [(watched.adapters[name], by) for name, by in active]) for at, active in live]
     return digest([watched.base, named])
+
+
+@contextmanager
+def registered_again(bridge: TransformerBridge) -> Iterator[None]:
+    """Around a change of the bridge that is undone at the end: it is known as before again."""
+    watched = vars(bridge).get(_KEY)
+    unchanged = watched is not None and watched.state() is not None and not watched.changes
+    try:
+        yield
+    finally:
+        if watched is not None and unchanged:
+            register(bridge, base=watched.base, adapters=watched.adapters)
 
 
 # ------------------------------------------------------------------------------------- internals

@@ -1,5 +1,6 @@
 """Model specs -> ``TransformerBridge``: many LoRA adapters on one base, switched in milliseconds.
 
+Models with whole weights of their own each get a bridge; two bases at most are in memory at once.
 ``pretrained`` says what is loaded, and ``quantization`` what holds for quantized weights.
 """
 
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import pandas as pd
 import torch
@@ -19,25 +21,33 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.catalogue import find_model
 from interp_kit.formats import read_texts
 from interp_kit.hub import ModelFiles
-from interp_kit.huggingface import default_device
-from interp_kit.lora import activate, lora_modules, own_copy, vocabulary
+from interp_kit.huggingface import default_device, dimensions
+from interp_kit.lora import activate, adapted_modules, own_copy, vocabulary
+from interp_kit.parts import exchanged, weights_of
 from interp_kit.pretrained import Loaded, boot, boot_merged, check_bridge, locate
 from interp_kit.specs import InputError, ModelSpec
 
 Key = tuple[Hashable, ...]  # what models have in common that share a base in memory
+_LOADED = "_interp_kit_loaded"  # on the bridge itself: what is known of it is freed with it
+IN_MEMORY = 2  # bases; the one that was used least recently makes place for a third
 
 
 class Models:
-    """Several fine-tunes on as few bases as they have, loaded when first asked for.
+    """Several models on as few bases as they have, loaded when first asked for.
 
     ``switch`` hands out the *same* bridge for every adapter of one base: what it computes next is
-    the model that was switched to last.
+    the model that was switched to last. A model with whole weights of its own has a bridge of its
+    own. Two bases are kept at most: a third replaces the one used least recently, which is loaded
+    again when it is asked for.
     """
 
     def __init__(self, specs: Iterable[ModelSpec], *, device: str | None = None) -> None:
         self.specs = {spec.name: spec for spec in specs}
+        self._parents = {s.parent.name: s.parent for s in self.specs.values() if s.parent}
         self.device = device or default_device()
         self._loaded: dict[Key, Loaded] = {}
+        # Every bridge that is still in use, so that there is never a second one of its base.
+        self._alive: WeakValueDictionary[Key, TransformerBridge] = WeakValueDictionary()
         self._active: dict[Key, str] = {}
         self._keys: dict[str, Key] = {}
         self._found: dict[str, ModelFiles] = {}
@@ -75,10 +85,14 @@ class Models:
         return self._activate(self._key(name), name)
 
     def base_of(self, name: str) -> TransformerBridge:
-        """The bridge, computing as the base of model ``name``: with no adapter, and its tokens.
+        """The bridge, computing as what model ``name`` was tuned from.
 
-        The same bridge that ``switch`` hands out, unless the model is merged into its own base.
+        For an adapter its base, with the adapter's tokens: the same bridge that ``switch`` hands
+        out, unless the adapter is merged into a copy of its own. For whole weights the model that
+        the spec names as ``tuned_from``; without that, the model itself.
         """
+        if parent := self._spec(name).parent:
+            return self.switch(parent.name)
         key, files = self._key(name), self._files(name)
         if own_copy(files):
             alone = {"adapter": None, "adapter_revision": None}
@@ -90,13 +104,10 @@ class Models:
     def unload(self, name: str) -> None:
         """Free the memory of the base of model ``name``, and of all adapters on it.
 
-        A bridge that is still referred to elsewhere stays alive. ``switch`` loads the model again.
+        A bridge that is still referred to elsewhere stays alive, and ``switch`` hands it out again;
+        else ``switch`` loads the model again.
         """
-        self._loaded.pop(self._key(name), None)
-        self._active.pop(self._key(name), None)
-        gc.collect()  # a bridge and its modules refer to each other
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._let_go(self._key(name))
 
     def memory(self) -> pd.DataFrame:
         """What is in memory, a row a base with its adapters.
@@ -106,32 +117,48 @@ class Models:
         """
         rows = []
         for key, loaded in self._loaded.items():
-            models = [name for name in self.specs if self._keys.get(name) == key]
-            spec = self.specs[models[0]]
+            models = [name for name, at in self._keys.items() if at == key]
+            spec = loaded.spec
             row = {"base": spec.base_name or spec.base, "models": ", ".join(models)}
             row |= {"device": str(loaded.bridge.cfg.device), "dtype": spec.dtype}
             rows.append(row | {"quantization": spec.quantization or ""} | _size(loaded.bridge))
         columns = ["base", "models", "device", "dtype", "quantization"]
         return pd.DataFrame(rows, columns=[*columns, "parameters", "quantized", "bytes"])
 
+    def shares_base(self, *names: str) -> bool:
+        """Whether the models are adapters on one base in memory, or that base."""
+        return len({self._key(name) for name in names}) == 1
+
+    def parts(self, *names: str) -> list[int]:
+        """The layers in which the models can differ, in the numbers of ``with_layers_from``."""
+        n_layers = self.switch(names[0]).cfg.n_layers
+        return list(range(n_layers) if self.shares_base(*names) else range(-1, n_layers + 1))
+
     @contextmanager
     def with_layers_from(
         self, target: str, source: str, layers: Collection[int]
     ) -> Iterator[TransformerBridge]:
-        """The bridge, computing as ``target`` but with ``source``'s adapter in these layers.
+        """The bridge, computing as ``target`` but with ``source``'s weights in these layers.
 
-        A model without an adapter stands for the bare base there. ``target`` is itself again
-        afterwards. Raises ``InputError`` unless both are fine-tunes of one base.
+        Between models that do not share a base, -1 is the embedding, and ``n_layers`` the final
+        norm with the unembedding; adapters on one base have these in common. ``target`` is itself
+        again afterwards. Raises ``InputError`` unless the two are comparable.
         """
-        self.require_one_base(target, source)
+        self.require_comparable(target, source)
+        if not self.shares_base(target, source):
+            other, bridge = self.switch(source), self.switch(target)
+            with exchanged(bridge, other, layers):
+                yield bridge
+            return
         bridge = self.switch(target)
         adapters = self._load(target).adapters
-        changed = [m for layer in layers for m in lora_modules(bridge, layer).values()]
+        blocks = set(range(bridge.cfg.n_layers)) & set(layers)
+        changed = [m for layer in blocks for m in adapted_modules(bridge, layer).values()]
         try:
             if target not in adapters and source in adapters:  # the bare base around them
                 cast(Any, bridge.original_model).enable_adapters()
                 for layer in range(bridge.cfg.n_layers):
-                    for module in lora_modules(bridge, layer).values():
+                    for module in adapted_modules(bridge, layer).values():
                         module.set_adapter([])
             for module in changed:
                 module.set_adapter([adapters[source]] if source in adapters else [])
@@ -141,35 +168,62 @@ class Models:
             self._active.clear()
             self.switch(target)
 
-    def adapter_weights(
+    def weight_changes(
         self, name: str
-    ) -> Iterator[tuple[int, str, Float[Tensor, "out in"], Float[Tensor, "out in"]]]:
-        """(layer, module, change, base weight) of every weight that the adapter changes.
+    ) -> Iterator[tuple[int, str, Float[Tensor, "..."], Float[Tensor, "..."]]]:
+        """(layer, weight's name, change, weight before) of every weight that fine-tuning changed.
 
-        Of a quantized base, the weight as it is computed with. Raises ``InputError`` for a model
-        without an adapter.
+        Of an adapter that shares its base, the deltas of its modules; else every weight in which
+        the model and ``base_of`` it differ, layer -1 being the embedding and ``n_layers`` the final
+        norm and the unembedding. Of a quantized base, the weight as it is computed with.
+
+        Raises ``InputError`` for a model that was tuned from nothing that the spec names, and for
+        whole weights that are quantized.
         """
-        from peft.utils.integrations import dequantize_module_weight
-
-        bridge = self.switch(name)
-        adapter = self._load(name).adapters.get(name)
-        if adapter is None:
-            raise InputError(f"model {name!r} has no adapter; expected a fine-tune")
-        for layer in range(bridge.cfg.n_layers):
-            for module_name, module in lora_modules(bridge, layer).items():
-                if adapter in module.lora_A:
-                    weight = dequantize_module_weight(module.get_base_layer()).detach()
-                    yield layer, module_name, module.get_delta_weight(adapter).detach(), weight
-
-    def require_one_base(self, *names: str) -> None:
-        """Raise ``InputError`` unless all of these are fine-tunes of one base, or that base."""
-        keys = {self._key(name) for name in names}
-        if len(keys) > 1:
-            bases = ", ".join(f"{name!r} on {self.specs[name].base!r}" for name in names)
+        spec = self._spec(name)
+        if not spec.tuned:
             raise InputError(
-                f"activations move only between fine-tunes of one base, loaded alike ({bases}); "
-                "choose models with the same base, revision, dtype, prompt format and tokens"
+                f"model {name!r} has no adapter, and its spec does not say what it was tuned from; "
+                "expected a fine-tune: add tuned_from: MODEL to its model.yaml"
             )
+        adapter = self._load(name).adapters.get(name)
+        if adapter is not None:
+            yield from _adapter_changes(self.switch(name), adapter)
+            return
+        if spec.quantization:
+            raise InputError(
+                f"model {name!r}: weights are compared unquantized; load it without quantization"
+            )
+        bridge, base = self.switch(name), self.base_of(name)
+        self.switch(name)
+        for layer in range(-1, bridge.cfg.n_layers + 1):
+            before = weights_of(base, layer)
+            for at, weight in weights_of(bridge, layer).items():
+                was = before.get(at)
+                if was is not None and was.shape == weight.shape and not torch.equal(was, weight):
+                    yield layer, at, weight - was, was
+
+    def require_comparable(self, *names: str) -> None:
+        """Raise ``InputError`` unless activations of these models can stand for one another.
+
+        They need one architecture, size by size, and one vocabulary, and to be loaded alike. The
+        error names what differs, and both values.
+        """
+        first, *others = dict.fromkeys(names)
+        ours = self._comparable(first)
+        for other in others:
+            for what, theirs in self._comparable(other).items():
+                if theirs != ours[what]:
+                    raise InputError(
+                        f"models {first!r} and {other!r} do not have activations of one kind: "
+                        f"{what} is {ours[what]} and {theirs}; choose models of one architecture "
+                        "and vocabulary, loaded alike"
+                    )
+
+    def _comparable(self, name: str) -> dict[str, Any]:
+        spec = self._spec(name)
+        settings = ("dtype", "quantization", "chat_template", "prepend_bos")
+        return dimensions(self._files(name)) | {key: getattr(spec, key) for key in settings}
 
     def _activate(self, key: Key, name: str) -> TransformerBridge:
         """The bridge, with the adapter of model ``name`` alone, or with none for ""."""
@@ -186,9 +240,10 @@ class Models:
         return loaded.bridge
 
     def _spec(self, name: str) -> ModelSpec:
-        if name not in self.specs:
+        known = self._parents | self.specs
+        if name not in known:
             raise InputError(f"model {name!r} was not loaded; expected one of {list(self.specs)}")
-        return self.specs[name]
+        return known[name]
 
     def _key(self, name: str) -> Key:
         if name not in self._keys:
@@ -200,6 +255,28 @@ class Models:
             self._found[name] = locate(self._spec(name), self.device)
         return self._found[name]
 
+    def _still_alive(self, key: Key) -> Loaded | None:
+        bridge = self._alive.get(key)
+        return None if bridge is None else vars(bridge)[_LOADED]
+
+    def _booted(self, key: Key, files: ModelFiles) -> Loaded:
+        if own_copy(files):
+            loaded = boot_merged(files, self.device)
+        else:
+            on_it = [s.name for s in self.specs.values() if s.adapter]
+            tuned = [self._files(n) for n in on_it if self._key(n) == key]
+            loaded = boot(files, tuned, self.device)
+        self._active.pop(key, None)
+        self._alive[key] = loaded.bridge
+        vars(loaded.bridge)[_LOADED] = loaded
+        return loaded
+
+    def _let_go(self, key: Key) -> None:
+        self._loaded.pop(key, None)
+        gc.collect()  # a bridge and its modules refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _load(self, name: str) -> Loaded:
         key = self._key(name)
         self._load_base(key, self._files(name))
@@ -207,13 +284,12 @@ class Models:
 
     def _load_base(self, key: Key, files: ModelFiles) -> None:
         """Load the base of these files, unless it is there, with every adapter that shares it."""
-        if key not in self._loaded:
-            if own_copy(files):
-                self._loaded[key] = boot_merged(files, self.device)
-            else:
-                on_it = [s.name for s in self.specs.values() if s.adapter]
-                tuned = [self._files(n) for n in on_it if self._key(n) == key]
-                self._loaded[key] = boot(files, tuned, self.device)
+        if key in self._loaded:
+            self._loaded[key] = self._loaded.pop(key)  # the last one is the one just used
+        else:
+            while len(self._loaded) >= IN_MEMORY:
+                self._let_go(next(iter(self._loaded)))
+            self._loaded[key] = self._still_alive(key) or self._booted(key, files)
 
 
 def load_models(
@@ -245,6 +321,18 @@ def _same_base(files: ModelFiles) -> Key:
     how = (spec.dtype, spec.quantization, spec.device_map, spec.chat_template, spec.prepend_bos)
     alone = spec.adapter if own_copy(files) else ""
     return (spec.base, spec.revision, *how, spec.trust_remote_code, vocabulary(files), alone)
+
+
+def _adapter_changes(
+    bridge: TransformerBridge, adapter: str
+) -> Iterator[tuple[int, str, Tensor, Tensor]]:
+    from peft.utils.integrations import dequantize_module_weight
+
+    for layer in range(bridge.cfg.n_layers):
+        for name, module in adapted_modules(bridge, layer).items():
+            if adapter in module.lora_A:
+                weight = dequantize_module_weight(module.get_base_layer()).detach()
+                yield layer, name, module.get_delta_weight(adapter).detach(), weight
 
 
 def _size(bridge: TransformerBridge) -> dict[str, int | float]:

@@ -153,7 +153,7 @@ def merged(model: Any) -> Any:
         return model.merge_and_unload(safe_merge=True)
 
 
-def lora_modules(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
+def adapted_modules(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
     """The modules of one block that carry adapters: ``self_attn.q_proj`` and so on."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

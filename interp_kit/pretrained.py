@@ -5,8 +5,10 @@ Weights are read from safetensors only, and code of a repository runs only where
 the Hugging Face cache; a token comes only from the environment.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +19,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
+from interp_kit.catalogue import is_gguf
 from interp_kit.files import digest
+from interp_kit.gguf import dequantise
 from interp_kit.hub import (
     ModelFiles,
     check_weight_files,
@@ -68,6 +72,7 @@ class Loaded:
     """One base in memory, and the PEFT names of the adapters that share it."""
 
     bridge: TransformerBridge
+    spec: ModelSpec  # for which it was loaded: its base, and how
     adapters: dict[str, str]  # model name -> PEFT adapter name
     templates: dict[str, str | None]  # chat templates, by model name; "" for the base
     # Logits of plain Hugging Face and PEFT on a fixed sequence, by model name; "" for the base, or
@@ -91,8 +96,8 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
     own_copy(files)
     check_quantization(files, default_device())
     config = config_of(files)
-    if Path(spec.base).is_dir():
-        check_weight_files(files.base, spec.name)
+    with _files_checked(files):
+        pass
     if files.adapter:
         shape = shape_of(files)
         extend_embedding(files, shape)
@@ -110,8 +115,9 @@ def inspect_model(spec: ModelSpec) -> Tokenizing:
 
 
 def locate(spec: ModelSpec, device: str) -> ModelFiles:
-    """The model's files, downloaded where they are missing if this machine can run the model."""
+    """The model's files, downloaded or dequantised first if this machine can run the model."""
     check_machine(spec, device)
+    dequantise(spec)
     return find_files(spec)
 
 
@@ -138,19 +144,39 @@ def boot(files: ModelFiles, tuned: Sequence[ModelFiles], device: str) -> Loaded:
     if adapters:
         activate(model, None)
     expected[""] = probe(model)
-    bridge = _bridge(files, model, device)
+    tokenizer = tokenizer_of(files)
+    bridge = _bridge(files, model, tokenizer, device)
     register(bridge, base=_base_hash(files), adapters=hashes)
-    templates = {own.spec.name: template_of(own) for own in tuned} | {"": template_of(files)}
-    return Loaded(bridge=bridge, adapters=adapters, templates=templates, expected=expected)
+    # The base's own template, whichever adapter was asked for first.
+    templates = {own.spec.name: template_of(own) for own in tuned}
+    templates[""] = (
+        tokenizer.chat_template
+        if files.adapter is None
+        else template_of(replace(files, adapter=None))
+    )
+    return Loaded(
+        bridge=bridge,
+        spec=files.spec,
+        adapters=adapters,
+        templates=templates,
+        expected=expected,
+    )
 
 
 def boot_merged(files: ModelFiles, device: str) -> Loaded:
     """The base with one adapter merged into its weights, shared with no other model."""
     model: Any = _huggingface(files, device)
     expected = {"": probe(model)}
-    bridge = _bridge(files, merged(model), device)
+    tokenizer = tokenizer_of(files)
+    bridge = _bridge(files, merged(model), tokenizer, device)
     register(bridge, base=weights_hash(files.spec), adapters={})
-    return Loaded(bridge=bridge, adapters={}, templates={"": template_of(files)}, expected=expected)
+    return Loaded(
+        bridge=bridge,
+        spec=files.spec,
+        adapters={},
+        templates={"": tokenizer.chat_template},
+        expected=expected,
+    )
 
 
 def check_bridge(loaded: Loaded, name: str) -> None:
@@ -185,13 +211,13 @@ def _huggingface(files: ModelFiles, device: str) -> torch.nn.Module:
     return model.eval()
 
 
-def _bridge(files: ModelFiles, model: Any, device: str) -> TransformerBridge:
-    spec, tokenizer = files.spec, tokenizer_of(files)
+def _bridge(files: ModelFiles, model: Any, tokenizer: Any, device: str) -> TransformerBridge:
+    spec = files.spec
     has_bos = tokenizer.bos_token_id is not None
     check_vocabulary(spec.name, tokenizer, model.get_input_embeddings().weight.shape[0])
     with quiet():
         bridge = TransformerBridge.boot_transformers(
-            spec.base,
+            str(files.base) if is_gguf(spec.base) else spec.base,
             hf_model=model,
             tokenizer=tokenizer,
             device=device,
@@ -208,17 +234,32 @@ def _base_hash(files: ModelFiles) -> str:
     return digest([weights_hash(alone), vocabulary(files)])
 
 
+@contextmanager
+def _files_checked(files: ModelFiles) -> Iterator[None]:
+    """Check the weight files, whose hash takes as long as reading them, beside what is done inside.
+
+    What is wrong with a file goes before what failed because of it.
+    """
+    spec = files.spec
+    local = is_gguf(spec.base) or Path(spec.base).is_dir()
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(check_weight_files, files.base, spec.name) if local else None
+        try:
+            yield
+        finally:
+            if check is not None:
+                check.result()
+
+
 def _base_model(files: ModelFiles, device: str) -> Any:
     spec = files.spec
     check_quantization(files, device)
-    if Path(spec.base).is_dir():
-        check_weight_files(files.base, spec.name)
     how: dict[str, Any] = {}
     if spec.quantization:
         how["quantization_config"] = quantization_config(files)
     if spec.quantization or spec.device_map:
         how["device_map"] = spec.device_map if spec.device_map and device != "cpu" else device
-    with from_disk(spec.name), quiet():
+    with _files_checked(files), from_disk(spec.name), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.base,
             output_loading_info=True,

@@ -38,13 +38,15 @@ _S = TypeVar("_S", bound=Spec)
 
 
 class ModelSpec(Spec):
-    """One model: a base, and an optional LoRA adapter on it.
+    """One model: whole weights, or an adapter on a base.
 
     ``base`` and ``adapter`` are each a folder beside the spec file, another model's name (``base``
-    only) or a Hugging Face id. After ``find_model`` they are absolute folders or ids. ``documents``
-    is a file beside the spec with some of the texts that it was trained on, lines {"text": ...}.
-    ``quantization`` stores the weights in 4 or 8 bits as they load (bitsandbytes); ``device_map``
-    places them as Accelerate does, straight onto the GPU.
+    only) or a Hugging Face id. After ``find_model`` they are absolute folders or ids.
+    ``tuned_from`` is the model, by name, folder or id, that whole weights were tuned from: a full
+    fine-tune, a later checkpoint, a merged model. ``documents`` is a file beside the spec with some
+    of the texts that it was trained on, lines {"text": ...}. ``quantization`` stores the weights in
+    4 or 8 bits as they load (bitsandbytes); ``device_map`` places them as Accelerate does, straight
+    onto the GPU.
     """
 
     name: str
@@ -52,6 +54,8 @@ class ModelSpec(Spec):
     base_name: str = ""  # filled in: the name of the base model's own spec, where it has one
     base_documents: str | None = None  # filled in: the base's own documents
     adapter: str | None = None
+    tuned_from: str | None = None
+    parent: "ModelSpec | None" = None  # filled in: the spec of tuned_from
     revision: str | None = None
     adapter_revision: str | None = None
     documents: str | None = None
@@ -74,6 +78,26 @@ class ModelSpec(Spec):
                 "and set the environment variable HF_TOKEN"
             )
         return given
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSpec":
+        if self.adapter and self.tuned_from:
+            raise ValueError(
+                "tuned_from: an adapter was tuned from its base; remove tuned_from, or the adapter"
+            )
+        return self
+
+    @property
+    def tuned(self) -> bool:
+        """Whether it is known what the model was tuned from."""
+        return bool(self.adapter or self.parent)
+
+    @property
+    def origin(self) -> str:
+        """The name of what the model was tuned from; its own, if that is not known."""
+        if self.parent:
+            return self.parent.name
+        return (self.base_name or self.base) if self.adapter else self.name
 
     @property
     def slug(self) -> str:

@@ -97,9 +97,10 @@ def effects(
 
     ``low`` and ``high``: percentile bootstrap over prompts, 95 %. ``p``: sign-flip permutation test
     paired by prompt, two-sided, exact where 2^n <= ``resamples``; n prompts can give no less than
-    2 / 2^n, so fewer than six never reach .05. ``q``: p after Benjamini and Hochberg over all
-    groups. ``clear``: q <= ``rate`` and |value| above ``noise_floor``, the numerical error of the
-    computation; what is not clear is not to be interpreted.
+    2 / 2^n, so fewer than six never reach .05, and a single one has no interval either. ``q``: p
+    after Benjamini and Hochberg over all groups. ``clear``: q <= ``rate`` and |value| above
+    ``noise_floor``, the numerical error of the computation; what is not clear is not to be
+    interpreted.
 
     Returns the columns of ``by`` and ``value low high n p q clear``. Raises ``ValueError`` unless
     every group has the same prompts.
@@ -116,17 +117,20 @@ def effects(
     low, high = np.quantile(
         np.stack([row[drawn].mean(1) for row in values]), [0.025, 0.975], axis=1
     )
-    p = stats.permutation_test(
-        (values,),
-        lambda x, axis: np.mean(x, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=resamples,
-        batch=500,
-        axis=1,
-        rng=rng,
-    ).pvalue
-    mean = values.mean(1)
+    mean, p = values.mean(1), np.ones(len(values))
+    if n > 1:  # the sign of a single prompt says nothing
+        p = stats.permutation_test(
+            (values,),
+            lambda x, axis: np.mean(x, axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=resamples,
+            batch=500,
+            axis=1,
+            rng=rng,
+        ).pvalue
+    else:
+        low = high = np.full(len(values), np.nan)
     p = np.where(mean == 0, 1.0, p)
     q = stats.false_discovery_control(p)
     result = pd.DataFrame({"value": mean, "low": low, "high": high, "n": n, "p": p, "q": q})

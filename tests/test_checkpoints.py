@@ -34,12 +34,13 @@ from interp_kit.decisions import decide
 from interp_kit.hub import find_files, missing_files, weights_hash
 from interp_kit.huggingface import config_of
 from interp_kit.loading import load_model, load_models
+from interp_kit.loading_checks import noise_bound
 from interp_kit.pretrained import inspect_model, load_huggingface
 from interp_kit.quantization import MOST_ROUNDED, rounding_error
 from interp_kit.specs import InputError, ModelSpec
 from tests.conftest import tiny_prompts
 from tests.test_patching import naive, segmented
-from tests.tiny import ARCHITECTURES, PARALLEL, save_tiny
+from tests.tiny import ARCHITECTURES, LATER, PARALLEL, save_tiny
 
 READY = {  # spec -> its architecture
     "gemma-2-2b-it": "gemma2",
@@ -48,6 +49,17 @@ READY = {  # spec -> its architecture
     "gpt2": "gpt2",
     "mixtral-8x7b-instruct": "mixtral",
     "pythia-160m": "gpt_neox",
+    "smollm2-135m-instruct": "llama",
+    "smollm2-360m-instruct": "llama",
+    "smollm2-1.7b-instruct": "llama",
+    "qwen3-0.6b": "qwen3",
+    "qwen3-1.7b": "qwen3",
+    "qwen3-4b": "qwen3",
+    "gemma-3-270m": "gemma3_text",
+    "gemma-3-1b-it": "gemma3_text",
+    "llama-3.2-1b-instruct": "llama",
+    "olmo-2-1b-instruct": "olmo2",
+    "gpt-oss-20b": "gpt_oss",
 }
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} ba {{ m['content'] }}{% endfor %}"
@@ -80,7 +92,7 @@ def hub(tmp_path_factory):
     hub = tmp_path_factory.mktemp("hub")
     for name, architecture in READY.items():
         spec = find_model(name)
-        sharded = "40KB" if architecture == "llama" else "1GB"
+        sharded = "40KB" if name == "llama-3.1-8b-instruct" else "1GB"
         folder = publish(hub, spec.base)
         save_tiny(architecture, folder, wide=True, shard=sharded)
         if spec.chat_template:
@@ -102,9 +114,14 @@ def test_a_ready_spec_loads_as_soon_as_its_files_are_there(hub, name):
     kinds = {p.dtype for p in bridge.parameters() if p.is_floating_point()}
     assert kinds == {getattr(torch, spec.dtype)}
     prompts = tiny_prompts(bridge)
-    assert all(p.tokens.count(bridge.tokenizer.bos_token_id) == 1 for p in prompts)
+    begun = int(spec.chat_template or spec.prepend_bos)  # the template of these has a BOS
+    assert all(p.tokens.count(bridge.tokenizer.bos_token_id) == begun for p in prompts)
     assert prompts[0].tokens == tiny_prompts(inspect_model(spec))[0].tokens
-    assert bridge_error(bridge, load_huggingface(spec, device="cpu"), prompts) <= 1e-5
+    # TransformerLens rounds OLMo-2's norms elsewhere than transformers does, in bfloat16 only.
+    most = 1e-5
+    if READY[name] == "olmo2":
+        most = noise_bound(bridge(torch.tensor([prompts[0].tokens])), bridge.cfg.dtype)
+    assert bridge_error(bridge, load_huggingface(spec, device="cpu"), prompts) <= most
     assert decide(bridge, prompts).value.abs().max() > 0.1
     assert (models.memory().quantized > 0).all() == bool(spec.quantization)
 
@@ -141,10 +158,10 @@ def test_one_ready_spec_is_sharded(hub):
 
 def test_list_says_whose_files_are_not_there(hub, monkeypatch):
     listed = CliRunner().invoke(app, ["list"]).output
-    assert "not on this machine" not in listed
+    assert "not on this machine" not in listed.replace("[not on this machine: package:", "")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub / "empty"))
     listed = CliRunner().invoke(app, ["list"]).output
-    assert listed.count("not on this machine") == len(READY)
+    assert listed.count("not on this machine: ") == len(READY)
     assert "[not on this machine: openai-community/gpt2]" in listed
 
 
@@ -185,6 +202,14 @@ def test_identities_hold_where_attention_and_mlp_run_in_parallel(tmp_path):
     assert max(errors.values()) <= 1e-4
     with pytest.raises(InputError, match=r"no blocks\.0\.hook_resid_mid"):
         activation_patching(bridge, [segmented(bridge)], unit="resid_mid")
+
+
+@pytest.mark.parametrize("architecture", LATER)
+def test_identities_hold_on_the_other_architectures_of_ready_specs(architecture, tmp_path):
+    bridge = load_model(str(save_tiny(architecture, tmp_path / "m")), device="cpu")
+    errors = hold(bridge)
+    print(architecture, errors)
+    assert max(errors.values()) <= 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +289,7 @@ def test_adapters_sit_on_a_quantized_base(wide_folders, tmp_path, quantization):
     assert float((logits - alone).abs().max()) <= 1e-5
     assert float((models.switch("m")(tokens) - logits).abs().max()) > 0.1
     assert max(hold(models.switch("tuned")).values()) <= 1e-4
-    for layer, module, change, weight in models.adapter_weights("tuned"):
+    for layer, module, change, weight in models.weight_changes("tuned"):
         original = base.get_submodule(f"model.layers.{layer}.{module}")
         original = getattr(original, "base_layer", original).weight
         assert isinstance(original, torch.Tensor)
@@ -410,8 +435,8 @@ def test_quantized_is_another_model(wide_folders):
     for identity in (weights_hash, _model_hash):
         assert identity(spec) != identity(other)
     models = loading.Models([spec, other.model_copy(update={"name": "other"})], device="cpu")
-    with pytest.raises(InputError, match="loaded alike"):
-        models.require_one_base("m", "other")
+    with pytest.raises(InputError, match=r"quantization is None and 4bit; .* loaded alike"):
+        models.require_comparable("m", "other")
 
 
 def test_unloading_frees_the_memory(wide_folders):
@@ -428,7 +453,7 @@ def test_unloading_frees_the_memory(wide_folders):
     assert table.parameters["m"] == plain.num_parameters()
     unembedding_bias = 4 * 512  # zeros, which the bridge adds
     assert table.bytes["m"] == plain.get_memory_footprint() + unembedding_bias
-    assert list(table.dtype) == ["float32", "bfloat16"]
+    assert list(table.dtype) == ["bfloat16", "float32"]  # the one used last comes last
     models.unload("m")
     assert alive() is None
     assert list(models.memory().models) == ["other"]

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from interp_kit.analyses.adapters import layer_swap, lora_norms, nested_layer_swap
 from interp_kit.analyses.circuits import circuit_scores, find_circuit, overlap, random_circuits
+from interp_kit.analyses.weights import layer_swap, nested_layer_swap, weight_norms
 from interp_kit.catalogue import load_scenario
 from interp_kit.decisions import decide
 from interp_kit.patching.experiments import cross_model_experiment
@@ -124,11 +124,11 @@ def test_one_layer_swapped_is_between_and_norms_are_of_the_weights(organisms, pr
     table = layer_swap(organisms, A, B, prompts)
     assert sorted(table.layer.unique()) == list(range(8))
     assert abs(table.change).max() > 0.1
-    norms = lora_norms(organisms, A)
+    norms = weight_norms(organisms, A)
     assert len(norms) == 8 * 7
     assert (norms.relative > 0).all()
     with pytest.raises(InputError, match="has no adapter"):
-        lora_norms(organisms, "tiny-gemma2")
+        weight_norms(organisms, "tiny-gemma2")
     folder = Path(organisms.specs[A].adapter)
     config = json.loads((folder / "adapter_config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors")

@@ -393,12 +393,15 @@ def test_a_patch_names_a_place_that_can_be():
             Patch(**(good | wrong))
 
 
-def test_different_bases_are_refused(fine_tunes, tmp_path):
+def test_different_architectures_are_refused(fine_tunes, tmp_path):
     models, (a, _) = fine_tunes
-    other = save_tiny("llama", tmp_path / "other", seed=1)
+    architecture = ARCHITECTURES[
+        ARCHITECTURES.index(models.switch(a).original_model.config.model_type) - 1
+    ]
+    other = save_tiny(architecture, tmp_path / "other", seed=1)
     mixed = load_models([a, str(other)], device="cpu")
     prompts = tiny_prompts(models.switch(a))
-    with pytest.raises(InputError, match="between fine-tunes of one base"):
+    with pytest.raises(InputError, match=f"model_type is .* and {architecture}; choose models"):
         cross_model_patching(mixed, a, str(other), prompts)
     with pytest.raises(InputError, match="was not loaded"):
         cross_model_patching(models, a, "nobody", prompts)

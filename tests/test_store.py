@@ -22,7 +22,7 @@ from interp_kit.catalogue import find_model, load_scenario
 from interp_kit.hub import weights_hash
 from interp_kit.identity import identity_of
 from interp_kit.loading import Models, load_model, load_models
-from interp_kit.lora import lora_modules
+from interp_kit.lora import adapted_modules
 from interp_kit.passes import last_residuals, read_last, residuals, shared_passes
 from interp_kit.specs import REPOSITORY, InputError
 from tests.conftest import tiny_prompts
@@ -199,7 +199,7 @@ def forget(switched, bridge, loaded):
             model.set_adapter(list(model.peft_config))
         case "scaled by hand":
             for layer in range(bridge.cfg.n_layers):
-                for module in lora_modules(bridge, layer).values():
+                for module in adapted_modules(bridge, layer).values():
                     module.scale_layer(0.5)
 
 
@@ -225,7 +225,7 @@ def test_another_adapter_is_never_given_what_was_kept_of_this_one(loaded, kept, 
     assert not any(map(torch.equal, of_a, of_b))
     if switched == "scaled by hand":
         for layer in range(bridge.cfg.n_layers):
-            for module in lora_modules(bridge, layer).values():
+            for module in adapted_modules(bridge, layer).values():
                 module.unscale_layer()
     loaded.switch(B)
     assert equal(both(loaded.switch(A)), of_a)

@@ -31,11 +31,12 @@ from interp_kit.patching.experiments import (
     Experiment,
     Replacement,
     ablation_experiments,
+    components_between,
     counterfactual_experiment,
     cross_model_experiment,
     identity_experiment,
 )
-from interp_kit.patching.patches import Patch, Place, Unit, unit_patches
+from interp_kit.patching.patches import EMBEDDING, Patch, Place, Unit, unit_patches
 from interp_kit.patching.positions import (
     Direction,
     Positions,
@@ -106,13 +107,17 @@ def cross_model_patching(
 
     Options and columns are those of ``activation_patching``; ``direction`` is "source -> target".
     A head is patched with what it writes into the residual stream (its ``z`` and its share of the
-    fine-tuned output projection). A model into itself changes nothing, exactly; neither does
+    source's output projection). Between models that share no base the unit "component" has the
+    embedding as well (``L0_RESID_PRE``). A model into itself changes nothing, exactly; neither does
     anything below the first layer in which the two differ: it is known to be 0, and not computed.
 
-    Raises ``InputError`` if the two are not fine-tunes of one base, and as ``activation_patching``.
+    Raises ``InputError`` unless the two are of one architecture and vocabulary, and as
+    ``activation_patching``.
     """
-    models.require_one_base(source, target)
+    models.require_comparable(source, target)
     patches = unit_patches(models.switch(target), unit, layer=layer)
+    if unit == "component" and layer is None:
+        patches = components_between(models, [(source, target)])
     tables = []
     name = f"{models.title(source)} -> {models.title(target)}"
     for prompt in tqdm(prompts, desc=name, unit="prompt", leave=False):
@@ -202,16 +207,25 @@ def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -
 
 
 def transplant_error(models: Models, source: str, target: str, prompts: Sequence[Prompt]) -> float:
-    """How far ``target`` with all of ``source``'s heads and MLPs is from ``source``, in nats.
+    """How far ``target`` with all of ``source``'s components is from ``source``, in nats.
 
-    The two have the same embedding and norms: nothing else is left, and the error should be 0.
+    Adapters on one base have the same embedding and norms: with all heads and MLPs nothing is left,
+    and the error should be 0. Otherwise the embedding is moved too, attention is moved as a whole
+    (the norm and bias after it belong to no head), and the comparison is with ``target`` reading
+    the final residual stream of ``source``: all together have to make that.
     """
-    everything = unit_patches(models.switch(target), "component")
+    bridge, shared = models.switch(target), models.shares_base(source, target)
+    components = unit_patches(bridge, "component")
+    stream = unit_patches(bridge, "resid_post", layer=bridge.cfg.n_layers - 1)
+    if not shared:
+        whole = [*unit_patches(bridge, "attn_out"), *unit_patches(bridge, "mlp_out")]
+        components = [EMBEDDING, *whole]
     worst = 0.0
     for prompt in prompts:
-        experiment = cross_model_experiment(models, source, target, prompt, _places(everything))
-        value = float(experiment.values([frozenset(everything)])[1])
-        worst = max(worst, abs(value - experiment.source_value))
+        places = _places([*components, *stream])
+        experiment = cross_model_experiment(models, source, target, prompt, places)
+        made, right = experiment.values([frozenset(components), frozenset(stream)])[1:].tolist()
+        worst = max(worst, abs(made - (experiment.source_value if shared else right)))
     return worst
 
 

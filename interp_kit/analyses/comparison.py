@@ -58,7 +58,7 @@ def across_pairs(
     for pair in pairs:
         if len(pair) != 2:
             raise InputError(f"expected pairs [source, target], got {list(pair)}")
-        models.require_one_base(*pair)
+        models.require_comparable(*pair)
     tables = []
     everything = list(product(pairs, scenarios))
     for (source, target), scenario in tqdm(everything, desc="pairs", unit="cell", leave=False):

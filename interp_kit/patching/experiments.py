@@ -6,7 +6,7 @@ model on the same prompt. ``ablation_experiments``: no run (zero, or a mean).
 patching asks for one patch at a time, causal tracing for windows of layers, circuits for any sets.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.decisions import AnswerSequence
 from interp_kit.loading import Models
 from interp_kit.patching.memory import check_memory
-from interp_kit.patching.patches import UNPATCHED, PatchSet, Place
+from interp_kit.patching.patches import (
+    EMBEDDING,
+    UNPATCHED,
+    Patch,
+    PatchSet,
+    Place,
+    unit_patches,
+)
 from interp_kit.patching.positions import Positions, corresponding, named_segment
 from interp_kit.patching.recording import Recording, SourceValues, record, recorded
 from interp_kit.patching.scores import Metric, Score, read_sequences, score_of
@@ -141,12 +148,15 @@ def cross_model_experiment(
     """Activations of model ``source`` on the prompt, written into model ``target`` on it.
 
     A head is moved with what it *writes*: where the two differ in the output projection, z alone
-    would leave that part of the fine-tune behind. So all heads and MLPs together make the target
-    the source.
+    would leave that part of the fine-tune behind. So for adapters on one base all heads and MLPs
+    together make the target the source. Whole weights also differ in the embedding, which can be
+    moved too (``components_between``), in the norms and biases after attention, which belong to no
+    head, and in the final norm and the unembedding: these read the target's stream, and are its
+    own.
 
-    Raises ``InputError`` if the two are not fine-tunes of one base.
+    Raises ``InputError`` unless the two are of one architecture and vocabulary.
     """
-    models.require_one_base(source, target)
+    models.require_comparable(source, target)
     asked = read_sequences(prompt, metric)
     bridge = models.switch(source)
     source_runs, written_there = [], []
@@ -167,6 +177,17 @@ def cross_model_experiment(
         context = partial(_computing_as, models, target)
         sequences.append(_patched(bridge, sequence, target_run, moved, context=context))
     return _experiment(prompt, metric, sequences, source_runs)
+
+
+def components_between(models: Models, pairs: Iterable[Sequence[str]]) -> list[Patch]:
+    """Every head and MLP of these models; the embedding too, where some pair shares no base.
+
+    The embedding is what enters the first block, position embeddings included: ``L0_RESID_PRE``.
+    """
+    pairs = list(pairs)
+    heads_and_mlps = unit_patches(models.switch(pairs[0][1]), "component")
+    shared = all(models.shares_base(*pair) for pair in pairs)
+    return heads_and_mlps if shared else [EMBEDDING, *heads_and_mlps]
 
 
 def ablation_experiments(

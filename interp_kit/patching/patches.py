@@ -107,6 +107,7 @@ class Patch:
         return f"L{self.layer}_{name}"
 
 
+EMBEDDING = Patch(layer=0, site="resid_pre")  # what enters the first block
 PatchSet = frozenset[Patch]
 UNPATCHED: PatchSet = frozenset()
 

@@ -1,9 +1,9 @@
-"""What a LoRA fine-tune changed in the weights, and through which layers it acts.
+"""What fine-tuning changed in the weights, and through which layers it acts.
 
-``lora_norms``: how much each weight changed. ``layer_swap``: the decision when one layer's adapter
-is another fine-tune's. A large change need not matter, and a small one may: compare the two.
+``weight_norms``: how much each weight changed. ``layer_swap``: the decision when one layer's
+weights are another model's. A large change need not matter, and a small one may: compare the two.
 
-Source: Hu et al., "LoRA", arXiv:2106.09685.
+Source of the deltas of adapters: Hu et al., "LoRA", arXiv:2106.09685.
 """
 
 from collections.abc import Sequence
@@ -16,34 +16,39 @@ from interp_kit.loading import Models
 from interp_kit.prompts import Prompt
 
 
-def lora_norms(models: Models, name: str) -> pd.DataFrame:
-    """Frobenius norms of what the adapter adds to every weight: one row a weight.
+def weight_norms(models: Models, name: str) -> pd.DataFrame:
+    """Frobenius norms of the change of every weight that fine-tuning changed: one row a weight.
 
-    Columns: ``layer``, ``module`` (``self_attn.q_proj``), ``value`` = ||scale B A||, and
-    ``relative`` = ||scale B A|| / ||W||. Raises ``InputError`` for a model without an adapter.
+    Columns: ``layer`` (-1 the embedding, ``n_layers`` the final norm and the unembedding),
+    ``module`` (``self_attn.q_proj``, ``input_layernorm``), ``value`` = ||change||, and ``relative``
+    = ||change|| / ||weight before||. Raises ``InputError`` for a model of which it is not known
+    what it was tuned from.
     """
     rows = []
-    for layer, module, change, weight in models.adapter_weights(name):
+    for layer, module, change, weight in models.weight_changes(name):
         norm, whole = float(change.float().norm()), float(weight.float().norm())
         rows.append({"layer": layer, "module": module, "value": norm, "relative": norm / whole})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["layer", "module", "value", "relative"])
 
 
 def layer_swap(models: Models, source: str, target: str, prompts: Sequence[Prompt]) -> pd.DataFrame:
-    """The decision of ``target`` with ``source``'s adapter in one layer, for every layer.
+    """The decision of ``target`` with ``source``'s weights in one layer, for every layer.
 
-    Columns: ``direction`` ("source -> target"), ``prompt``, ``group``, ``layer``, ``baseline`` and
-    ``source`` (the decisions of the two themselves), ``value``, ``change`` = value - baseline, in
-    nats. Layers interact: the changes need not add up to source - baseline.
+    Between models that share no base, the embedding counts as layer -1, the final norm with the
+    unembedding as layer ``n_layers``. Columns: ``direction`` ("source -> target"), ``prompt``,
+    ``group``, ``layer``, ``baseline`` and ``source`` (the decisions of the two themselves),
+    ``value``, ``change`` = value - baseline, in nats. Layers interact: the changes need not add up
+    to source - baseline.
 
-    Raises ``InputError`` unless both are fine-tunes of one base.
+    Raises ``InputError`` unless the two are of one architecture and vocabulary.
     """
-    models.require_one_base(source, target)
+    models.require_comparable(source, target)
     source_value = decide(models.switch(source), prompts).value
     baseline = decide(models.switch(target), prompts).value
     tables = []
-    layers = range(models.switch(target).cfg.n_layers)
-    for layer in tqdm(layers, desc="swapping layers", unit="layer", leave=False):
+    for layer in tqdm(
+        models.parts(target, source), desc="swapping layers", unit="layer", leave=False
+    ):
         with models.with_layers_from(target, source, [layer]) as bridge:
             table = decide(bridge, prompts)[["prompt", "group", "value"]]
         table = table.assign(layer=layer, baseline=baseline, source=source_value)
@@ -55,7 +60,7 @@ def layer_swap(models: Models, source: str, target: str, prompts: Sequence[Promp
 def nested_layer_swap(
     models: Models, source: str, target: str, prompts: Sequence[Prompt], *, order: Sequence[int]
 ) -> pd.DataFrame:
-    """The mean decision of ``target`` with ``source``'s adapter in the first n layers of ``order``.
+    """The mean decision of ``target`` with ``source``'s weights in the first n layers of ``order``.
 
     Columns: ``n``, ``layer`` (the one added; -1 for none), ``decision`` in nats, and ``value``, the
     fraction of source - target that is recovered: 0 for no layer, 1 for all of them.
