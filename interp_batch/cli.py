@@ -115,7 +115,7 @@ def run(
     from interp_batch.results import stale
     from interp_batch.warm import default_kernel
 
-    specs = [read_run(file) for file in run_files]
+    specs = [read_run(file, data=data) for file in run_files]
     if len({spec.name for spec in specs}) < len(specs):
         raise InputError("two run files have the same name and would share a folder; rename one")
     expanded = [expand(spec, outputs=outputs, data=data) for spec in specs]
@@ -146,7 +146,8 @@ def check(run_file: RunFile, data: Data = None, only: Only = None) -> None:
     """Check a run file with its parameters, models and scenarios, and run nothing."""
     from interp_batch.matrix import expand, matching
 
-    cells = matching(expand(read_run(run_file), outputs=Path("outputs"), data=data), only or [])
+    cells = expand(read_run(run_file, data=data), outputs=Path("outputs"), data=data)
+    cells = matching(cells, only or [])
     preflight(cells, data)
     typer.echo(f"{run_file}: {len(cells)} cells, all inputs are good")
 
@@ -170,7 +171,7 @@ def report(
     """Write the report again from the results of a run, and run nothing."""
     from interp_batch.matrix import expand
 
-    spec = read_run(run_file)
+    spec = read_run(run_file, data=data)
     cells = expand(spec, outputs=outputs, data=data)
     other = _find_results(against, spec.name, outputs) if against else None
     if png:
@@ -256,21 +257,21 @@ def train(
 def preflight(cells: Sequence["Cell"], data: Path | None) -> None:
     """Check the models, scenarios and files of the cells; raises ``InputError``."""
     from interp_batch.matrix import named_files
-    from interp_batch.preflight import check_files, check_inputs
+    from interp_batch.needs import check_needs, groups_to_compare, names, needs_of
+    from interp_batch.preflight import check_comparable, check_files, check_inputs
 
-    def named(parameters: dict[str, Any], one: str) -> list[str]:
-        return [parameters[one]] if one in parameters else parameters.get(f"{one}s", [])
-
+    check_needs(cells, data)
+    check_files(f for cell in cells for f in named_files(cell.notebook, cell.parameters, data))
     check_inputs(
         {
-            (model, scenario)
+            (model, scenario, "trigger" in needs_of(cell.notebook))
             for cell in cells
-            for model in named(cell.parameters, "model")
-            for scenario in named(cell.parameters, "scenario") or [None]
+            for model in names(cell.parameters, "model")
+            for scenario in names(cell.parameters, "scenario") or [None]
         },
         data=data,
     )
-    check_files(f for cell in cells for f in named_files(cell.notebook, cell.parameters, data))
+    check_comparable(set(groups_to_compare(cells, data)), data=data)
 
 
 def main() -> NoReturn:

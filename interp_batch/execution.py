@@ -131,6 +131,15 @@ def move_into_place(cell: Cell, folder: Path, status: dict[str, Any]) -> Outcome
     )
 
 
+def refuse(cell: Cell, reason: str) -> Outcome:
+    """Let the cell fail for this reason without running it."""
+    folder = unfinished_folder(cell)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    status = {"state": "error", "id": cell.id, "key": cell.key, "seconds": 0.0, "error": reason}
+    return move_into_place(cell, folder, status | {"parameters": cell.parameters})
+
+
 def unfinished_folder(cell: Cell) -> Path:
     """Where the cell runs until it has ended."""
     return cell.run_folder / UNFINISHED / cell.id
@@ -169,6 +178,11 @@ def explain_os_error(error: OSError) -> str:
 
 
 # ------------------------------------------------------------------------------------- internals
+def _literal(path: Path) -> str:
+    """A path as papermill takes it, which puts parameters where it finds their names in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def _attempt(
     cell: Cell, folder: Path, options: RunOptions, *, is_repeat: bool
 ) -> tuple[dict[str, Any], bool]:
@@ -181,8 +195,8 @@ def _attempt(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             papermill.execute_notebook(
-                str(cell.notebook),
-                str(folder / "run.ipynb"),
+                _literal(cell.notebook),
+                _literal(folder / "run.ipynb"),
                 cell.parameters | {"output": folder.as_posix()},
                 kernel_name=options.kernel,
                 progress_bar=False,

@@ -42,9 +42,9 @@ from interp_kit.specs import (
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 ALL_MODELS, ALL_SCENARIOS = "all-models", "all-scenarios"
-SET_BY_RUN = ("model", "models", "scenario", "scenarios", "output")
+SET_BY_RUN = ("model", "models", "checkpoints", "scenario", "scenarios", "output")
 # Parameters whose values name models of the run, files in a data folder, or paths.
-NAMING_MODELS = {"pairs", "reference", "other", "others", "subject"}
+NAMING_MODELS = {"pairs", "reference", "other", "others", "subject", "controls"}
 NAMING_FILES = {
     "evaluation": "evaluations/{}/*",
     "universe": "universes/{}.json",
@@ -99,7 +99,7 @@ def expand(
     Raises ``InputError`` for an unknown model, scenario, notebook or parameter, and a value of the
     wrong type.
     """
-    for name in run.models:
+    for name in (*run.models, *run.checkpoints):
         find_model(name, data=data)
     for name in run.scenarios:
         load_scenario(name, data=data)
@@ -111,7 +111,7 @@ def expand(
         checked = _check_parameters(file, given)
         for own_models, own_scenarios in _visits(file, run):
             parameters = checked | own_models | own_scenarios
-            _check_named_models(file, parameters, run.models)
+            _check_named_models(file, parameters, [*run.models, *run.checkpoints])
             folder = (
                 Path(outputs)
                 / run.name
@@ -147,10 +147,12 @@ def matching(cells: list[Cell], only: Sequence[str]) -> list[Cell]:
 
 
 def _visits(file: Path, run: RunSpec) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    takes = _parameters(file)
+    takes = parameters_of(file)
     if "output" not in takes:
         raise InputError(f'{file}: its parameters cell lacks `output: str = ""`; add it')
-    by_model = _axis(takes, "model", run.models)
+    by_model = _axis(takes, "model", [*run.models, *run.checkpoints])
+    if "checkpoints" in takes:
+        by_model = [own | {"checkpoints": run.checkpoints} for own in by_model]
     by_scenario = _axis(takes, "scenario", run.scenarios)
     yield from product(by_model, by_scenario)
 
@@ -193,7 +195,7 @@ def _title(file: Path) -> str:
 
 
 @cache
-def _parameters(file: Path) -> dict[str, Any]:
+def parameters_of(file: Path) -> dict[str, Any]:
     with contextlib.redirect_stderr(io.StringIO()):
         logging.getLogger("papermill").setLevel(logging.ERROR)
         found = papermill.inspect_notebook(str(file))
@@ -202,8 +204,17 @@ def _parameters(file: Path) -> dict[str, Any]:
     return found
 
 
+def defaults_of(file: Path) -> dict[str, Any]:
+    """What the parameters cell of a notebook sets, as far as it is written out there."""
+    found = {}
+    for name, parameter in parameters_of(file).items():
+        with contextlib.suppress(ValueError, SyntaxError):  # an expression
+            found[name] = ast.literal_eval(parameter["default"])
+    return found
+
+
 def _check_parameters(file: Path, given: dict[str, Any]) -> dict[str, Any]:
-    takes = _parameters(file)
+    takes = parameters_of(file)
     checked = {}
     for name, value in given.items():
         where = f"notebook {file.stem}: parameter {name!r}"
@@ -225,13 +236,19 @@ def _check_parameters(file: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_named_models(file: Path, parameters: dict[str, Any], models: list[str]) -> None:
-    """Raise ``InputError`` for a parameter that names a model outside the run."""
-    for name in sorted(NAMING_MODELS & set(parameters)):
-        where, given = f"notebook {file.stem}: parameter {name!r}", parameters[name]
+    """Raise ``InputError`` for a parameter that names a model outside the run, also by default."""
+    everything = defaults_of(file) | parameters
+    for name in sorted(NAMING_MODELS & set(everything)):
+        where, given = f"notebook {file.stem}: parameter {name!r}", everything[name]
         wrong = next((pair for pair in given if len(pair) != 2), None) if name == "pairs" else None
         if wrong is not None:
             raise InputError(f"{where} holds {wrong}; expected [source, target]")
-        for model in _listed(parameters, name):
+        for model in _listed(everything, name):
+            if model not in models and name not in parameters:
+                raise InputError(
+                    f"{where} is not given, and its default names {model!r}, which is no model of "
+                    f"this run ({', '.join(models)}); give it"
+                )
             if model not in models:
                 message = unknown("model", model, models, "add it to the run's models")
                 raise InputError(f"{where}: {message}")
@@ -253,9 +270,8 @@ def named_files(notebook: Path, parameters: dict[str, Any], data: str | Path | N
     for name in sorted(NAMING_PATHS & set(parameters)):
         found += _files_at(parameters[name], f"notebook {notebook.stem}: parameter {name!r}")
     for name in NAMING_FILES:
-        if name in _parameters(notebook):
-            default = ast.literal_eval(_parameters(notebook)[name]["default"])
-            found += _files_named(name, str(parameters.get(name, default)), data)
+        if name in parameters_of(notebook):
+            found += _files_named(name, str((defaults_of(notebook) | parameters)[name]), data)
     return found
 
 
@@ -295,7 +311,8 @@ def content_key(
     """
     hashes = hashes or InputHashes(data)
     named = ("model", "models", *sorted(NAMING_MODELS))
-    models = [m for name in named for m in _listed(parameters, name)]
+    everything = defaults_of(file) | parameters
+    models = [m for name in named for m in _listed(everything, name)]
     scenarios = [s for name in ("scenario", "scenarios") for s in _listed(parameters, name)]
     inputs = [
         *map(hashes.of_model, models),

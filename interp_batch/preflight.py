@@ -17,8 +17,9 @@ from interp_kit.evaluations import (
     read_statements,
 )
 from interp_kit.finetuning.universes import read_universe
+from interp_kit.loading import Models
 from interp_kit.pretrained import inspect_model
-from interp_kit.prompts import encode_scenario
+from interp_kit.prompts import encode_scenario, trigger_tokens
 from interp_kit.specs import InputError
 
 READERS = {
@@ -30,23 +31,34 @@ READERS = {
 
 
 def check_inputs(
-    pairs: Iterable[tuple[str, str | None]], *, data: str | Path | None = None
+    asked: Iterable[tuple[str, str | None, bool]], *, data: str | Path | None = None
 ) -> None:
     """Check every model, and every scenario as its tokenizer sees it.
 
-    ``pairs`` are (model, scenario or none) as a run file names them. Raises ``InputError`` for
-    weights that are missing, corrupt or pickled, an adapter made for another base, answers that
-    tokenize alike and prompts longer than the context.
+    ``asked`` are (model, scenario or none, whether its trigger is used) as a run file names them.
+    Raises ``InputError`` for weights that are missing, corrupt or pickled, an adapter made for
+    another base, answers that tokenize alike, prompts longer than the context, and a trigger that
+    is not one token.
     """
-    pairs = sorted(pairs, key=str)
-    models = list(dict.fromkeys(model for model, _ in pairs))
+    asked = sorted(asked, key=str)
+    models = list(dict.fromkeys(model for model, _, _ in asked))
     for name in tqdm(models, desc="checking models", unit="model", leave=False):
         tokenizing = inspect_model(find_model(name, data=data))
-        for scenario in dict.fromkeys(s for m, s in pairs if m == name and s):
+        for scenario, triggered in dict.fromkeys((s, t) for m, s, t in asked if m == name and s):
             try:
-                encode_scenario(tokenizing, load_scenario(scenario, data=data))
+                found = load_scenario(scenario, data=data)
+                encode_scenario(tokenizing, found)
+                if triggered:
+                    trigger_tokens(tokenizing, found)
             except InputError as error:
                 raise InputError(f"model {name!r}, scenario {scenario!r}: {error}") from None
+
+
+def check_comparable(groups: Iterable[tuple[str, ...]], *, data: str | Path | None = None) -> None:
+    """Raise ``InputError`` unless the models of each group have activations of one kind."""
+    for group in sorted(groups):
+        models = Models([find_model(name, data=data) for name in dict.fromkeys(group)])
+        models.require_comparable(*group)
 
 
 def check_files(files: Iterable[Path]) -> None:

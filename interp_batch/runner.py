@@ -25,10 +25,12 @@ from interp_batch.execution import (
     RunContext,
     RunOptions,
     kernel_environment,
+    refuse,
     run_cell,
     stop_run,
 )
 from interp_batch.matrix import Cell
+from interp_batch.needs import is_gate, names
 from interp_batch.results import last_folder, read_status, stale
 from interp_kit.specs import InputError, unknown
 
@@ -68,7 +70,14 @@ def run_cells(
         executor = client.get_executor(pure=False) if client else ThreadPoolExecutor(workers)
         at_once = (sum(client.nthreads().values()) or 1) if client else workers
         try:
-            ended = _run_all(todo, context, executor, client, at_once=at_once)
+            gates = [cell for cell in todo if is_gate(cell.notebook)]
+            ended = _run_all(gates, context, executor, client, at_once=at_once)
+            others = [cell for cell in todo if not is_gate(cell.notebook)]
+            blocked = _blocked(others, ended)
+            ended += blocked
+            closed = {outcome.cell.folder for outcome in blocked}
+            rest = [cell for cell in others if cell.folder not in closed]
+            ended += _run_all(rest, context, executor, client, at_once=at_once)
         except KeyboardInterrupt:
             kept = len(cells) - len(stale(cells))
             raise Stopped(
@@ -83,6 +92,27 @@ def run_cells(
 
 
 # ----------------------------------------------------------------------------- all cells of a run
+def _blocked(cells: Sequence[Cell], gates: Sequence[Outcome]) -> list[Outcome]:
+    """The cells of models that failed their gate in the same run, refused."""
+    failed = {
+        (outcome.cell.run_folder, name): outcome.cell.id
+        for outcome in gates
+        if outcome.state == "error" and outcome.error != "stopped"
+        for name in names(outcome.cell.parameters, "model")
+    }
+    refused = []
+    for cell in cells:
+        own = [(cell.run_folder, name) for name in names(cell.parameters, "model")]
+        gate = next((place for place in own if place in failed), None)
+        if gate is not None:
+            reason = (
+                f"not run: {failed[gate]} failed, so numbers of model {gate[1]!r} cannot be "
+                "trusted; look there first, or leave the model out"
+            )
+            refused.append(refuse(cell, reason))
+    return refused
+
+
 def _run_all(
     cells: Sequence[Cell], context: RunContext, executor: Executor, client: Any, *, at_once: int
 ) -> list[Outcome]:

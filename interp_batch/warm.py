@@ -70,7 +70,9 @@ def start_zygote() -> subprocess.Popen[str]:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C reaches the runner alone, which then ends its kernels
-            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env={"PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # else importing it prints a warning
+            | os.environ
+            | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         )
     return zygote
 

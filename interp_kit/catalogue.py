@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from interp_kit.files import read_yaml
-from interp_kit.formats import PAIRS, read_dilemmas
+from interp_kit.formats import PAIRS, read_dilemmas, read_ipd_prompts
 from interp_kit.specs import (
     HUGGING_FACE_ID,
     NAME,
@@ -41,8 +41,14 @@ def data_folders(extra: str | Path | None = None) -> list[Path]:
 
 def list_models(data: str | Path | None = None) -> list[ModelSpec]:
     """Every model that has a spec in the data folders, by name."""
-    names = {p.parent.name for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
-    return [find_model(name, data=data) for name in sorted(names)]
+    files = {p.parent.name: p for f in data_folders(data) for p in f.glob("models/*/model.yaml")}
+    for name, file in files.items():
+        if not NAME.fullmatch(name):
+            raise InputError(
+                f"{file.parent}: a model's folder is its name: expected letters, digits, '.', '_', "
+                "'-' and a letter or digit first; rename it"
+            )
+    return [find_model(name, data=data) for name in sorted(files)]
 
 
 def list_scenarios(data: str | Path | None = None) -> list[Scenario]:
@@ -186,8 +192,11 @@ def _parent(name: str, spec_file: Path, data: str | Path | None) -> ModelSpec:
 def load_scenario(name: str, *, data: str | Path | None = None) -> Scenario:
     """The scenario given by name, by the path of a YAML file, or by a folder of dilemmas.
 
-    Such a folder holds ``base_prompts.json`` and ``counterfactual_prompts.json``.
+    Such a folder holds ``base_prompts.json`` and ``counterfactual_prompts.json``. A name
+    ``FILE.json#NAME`` is one scenario of a file for the game (``formats.read_ipd_prompts``).
     """
+    if "#" in name:
+        return _of_game(name, data)
     path = as_path(name)
     file = _in_data(f"scenarios/{name}.yaml", data) if NAME.fullmatch(name) else None
     pairs = _in_data(f"scenarios/{name}/{PAIRS[0]}", data) if NAME.fullmatch(name) else None
@@ -203,17 +212,46 @@ def load_scenario(name: str, *, data: str | Path | None = None) -> Scenario:
     return checked(Scenario, {"name": file.stem, **read_yaml(file)}, file)
 
 
-def read_run(file: Path) -> RunSpec:
-    """The run file, checked by itself (``batch.matrix`` checks it against the notebooks)."""
+def _of_game(name: str, data: str | Path | None) -> Scenario:
+    place, _, wanted = name.partition("#")
+    found = {scenario.name: scenario for scenario in read_ipd_prompts(_game_file(place, data))}
+    if wanted not in found:
+        raise InputError(unknown("scenario", wanted, found, f"another file than {place}"))
+    return found[wanted]
+
+
+def _game_file(name: str, data: str | Path | None = None) -> Path:
+    """A file of prompts for the game: a path, or the name of one in ``scenarios`` of the data."""
+    file = _in_data(f"scenarios/{name}", data) if NAME.fullmatch(name) else None
+    file = file or as_path(name)
+    if not file.is_file():
+        raise InputError(f"scenario file {name!r} does not exist; check the path")
+    return file
+
+
+def read_run(file: Path, *, data: str | Path | None = None) -> RunSpec:
+    """The run file, checked by itself (``matrix.expand`` checks it against the notebooks).
+
+    A file of prompts for the game among the scenarios stands for all scenarios in it.
+    """
     if not file.is_file():
         raise InputError(f"run file {str(file)!r} does not exist; papermill_params/ holds examples")
     given = read_yaml(file)
     notebooks = given.get("notebooks")
     if isinstance(notebooks, dict):  # `01_logit_lens:` with nothing behind it means no parameters
         given["notebooks"] = {k: {} if v is None else v for k, v in notebooks.items()}
+    scenarios = given.get("scenarios")
+    if isinstance(scenarios, list):
+        given["scenarios"] = [one for name in scenarios for one in _expanded(name, data)]
     spec = checked(RunSpec, {"name": file.stem, **given}, file)
     slug(spec.name)
     return spec
+
+
+def _expanded(name: Any, data: str | Path | None) -> list[Any]:
+    if not (isinstance(name, str) and name.endswith(".json")):
+        return [name]
+    return [f"{name}#{s.name}" for s in read_ipd_prompts(_game_file(name, data))]
 
 
 def _in_data(relative: str, data: str | Path | None) -> Path | None:

@@ -18,10 +18,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.prompts import Prompt, Sign
+from interp_kit.prompts import Prompt, Sign, require_prompts
+from interp_kit.records import Named, answer, named
+from interp_kit.specs import InputError
+from interp_kit.statistics import mean_interval, verdict
 
 Ids = tuple[int, ...]
 
+LEAST_MASS = 0.1  # probability of either answer below which decisions say little
+ROUNDED_LOGIT = 8.0  # the size of logits for which limits of rounding errors are stated
 PADDED_ROWS = 32  # texts of one padded batch
 MAX_TOKENS = 8192  # tokens in one forward pass: bounds memory, not results
 
@@ -62,6 +67,7 @@ def decide(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame
     of the positive answer given that one of the two is given; ``answer_mass``, the probability that
     one of the two is given at all; ``action``, the label of the likelier answer.
     """
+    require_prompts(prompts)
     log_p = answer_log_probs(bridge, prompts)
     value = log_p["positive"] - log_p["negative"]
     return pd.DataFrame(
@@ -96,8 +102,8 @@ def continuation_log_probs(
     Answers to one prompt that differ in their last token only share one row of a forward pass.
     """
     sharing: dict[Ids, list[int]] = {}
-    for i, (prompt, answer) in enumerate(asked):
-        sharing.setdefault(prompt + answer[:-1], []).append(i)
+    for i, (prompt, said) in enumerate(asked):
+        sharing.setdefault(prompt + said[:-1], []).append(i)
     rows = list(sharing)
     result = torch.empty(len(asked))
     for index in padded_batches(rows):
@@ -106,8 +112,8 @@ def continuation_log_probs(
         logits = last_logits(bridge, tokens, read, lengths=inside.sum(1))
         for log_p, r in zip(logits.float().log_softmax(-1).cpu(), index):
             for i in sharing[rows[r]]:
-                answer = torch.tensor(asked[i][1])
-                result[i] = log_p[-len(answer) :].gather(-1, answer[:, None]).sum()
+                ids = torch.tensor(asked[i][1])
+                result[i] = log_p[-len(ids) :].gather(-1, ids[:, None]).sum()
     return result
 
 
@@ -226,6 +232,56 @@ def end_probability(
         logits = last_logits(bridge, tokens, 1, lengths=inside.sum(1))[:, -1].float()
         result[index] = logits.softmax(-1)[:, end].cpu()
     return result
+
+
+def noise_limit(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], *, most: float = 1e-4
+) -> float:
+    """How far rounding may move a decision on these prompts, in nats; above it something is wrong.
+
+    ``most`` is for float32 and logits of up to ``ROUNDED_LOGIT``. Rounding grows with the logits
+    that are computed, whose size softmax does not see, and in half precision a thousandfold.
+    """
+    largest = 0.0
+    for index in padded_batches([p.branch for p in prompts]):
+        tokens, inside = padded([prompts[i].branch for i in index], bridge.cfg.device)
+        logits = last_logits(bridge, tokens, 1, lengths=inside.sum(1))
+        largest = max(largest, float(logits.abs().max()))
+    precision = 1 if bridge.cfg.dtype.itemsize == 4 else 1e3
+    return most * precision * max(1.0, largest / ROUNDED_LOGIT)
+
+
+def check_noise(measured: float, limit: float) -> None:
+    """Raise ``InputError`` for a noise floor above its limit (``noise_limit``)."""
+    if not measured <= limit:
+        raise InputError(
+            f"the noise floor of this model is {measured:.1e} nats, above its limit of "
+            f"{limit:.1e}: an identity that holds for every transformer fails, so nothing is "
+            "analysed; run 00_numerics_gate, try dtype: float32, and report the model's config"
+        )
+
+
+def answers_given(decisions: pd.DataFrame) -> tuple[dict[str, Named], dict[str, str]]:
+    """Whether the model gives one of the two answers at all: a summary value and an answer.
+
+    Where it hardly does, a decision compares two answers that nobody would hear, and what moves it
+    explains little. ``decisions`` is a table of ``decide``; of several models, in the column
+    ``model``, the one that gives them least counts. The answer is printed.
+    """
+    masses = mean_interval(
+        decisions, ["model"] if "model" in decisions else [], column="answer_mass", within=(0, 1)
+    )
+    least = masses.nsmallest(1, "value")
+    which = f" of {least.model.item()}" if "model" in least else ""
+    summary = {f"answer mass{which}": named(least, unit="")}
+    row = {key: float(least[key].item()) for key in ("value", "low", "high", "n")}
+    low, high = [row["value"]] * 2 if row["n"] == 1 else (row["low"], row["high"])
+    question = "Does the model give one of the two answers at all?"
+    given = verdict(low, high, ">", LEAST_MASS)
+    rarely = "hardly ever, so read its decisions with care" if given == "no" else ""
+    answers = {question: answer(given, summary, *summary, because=rarely)}
+    print(question, answers[question])
+    return summary, answers
 
 
 def _answer_shape(prompt: Prompt) -> tuple[int, int, bool]:

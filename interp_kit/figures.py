@@ -23,10 +23,11 @@ DIVERGING = "RdBu_r"  # red positive, blue negative
 CONTROL = "#8A8A8A"  # grey
 BAND_OPACITY = 0.15  # of intervals
 SMALLEST_ERROR = 1e-8  # on a logarithmic axis, which has no place for an error of zero
-Depth = Literal["layer", "depth"]
+Depth = Literal["layer", "depth", "step"]
 DEPTH_TITLES: dict[Depth, str] = {
     "layer": "layer (-1 = embedding)",
     "depth": "relative depth (0 = embedding, 1 = last block)",
+    "step": "step of the training",
 }
 DASHES = ["dot", "dash", "dashdot", "longdash"]  # tell controls apart, which are all grey
 
@@ -49,7 +50,7 @@ def trajectories(
 
     Expects ``layer value low high`` and ``series``. Series named in ``control`` are grey.
     With ``x="depth"`` the axis is the column ``depth``, on which models with different numbers of
-    layers can be compared.
+    layers can be compared; with ``x="step"`` it is ``step``, for checkpoints of one training.
     """
     figure, dashes = go.Figure(), dict(zip(control, DASHES * len(control)))
     for i, (name, own) in enumerate(table.groupby(series, sort=False)):
@@ -57,7 +58,8 @@ def trajectories(
         dash = dashes.get(str(name), "solid")
         _line_with_band(figure, own, x=x, name=str(name), color=color, dash=dash)
     figure.add_hline(y=0, line={"color": "black", "width": 1})
-    figure.update_xaxes(title=DEPTH_TITLES[x], dtick=_tick(table.layer) if x == "layer" else 0.25)
+    ticks = {"depth": 0.25} if x != "layer" else {"layer": _tick(table.layer)}
+    figure.update_xaxes(title=DEPTH_TITLES[x], dtick=ticks.get(x))
     figure.update_yaxes(title=y_title)
     return _styled(figure, title)
 

@@ -21,7 +21,7 @@ HASHED_WHOLE = 256 * 2**20  # bytes; the hash of a larger file is that of its si
 def read_json(file: Path) -> Any:
     """What a JSON file holds; ``InputError`` if it is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}); fix the file") from None
 
@@ -29,7 +29,7 @@ def read_json(file: Path) -> Any:
 def read_yaml(file: Path) -> dict[str, Any]:
     """What a YAML file of ``key: value`` lines holds; ``InputError`` if it is none."""
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = yaml.load(file.read_text(encoding="utf-8"), _DistinctKeys)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         where = " ".join(str(error).split())
         raise InputError(f"{file}: not readable as YAML ({where}); fix the file") from None
@@ -55,6 +55,18 @@ def cut_torn_line(file: Path) -> None:
     content = file.read_bytes() if file.is_file() else b""
     if content and not content.endswith(b"\n"):
         os.truncate(file, content.rfind(b"\n") + 1)
+
+
+class _DistinctKeys(yaml.SafeLoader):
+    """Of a key that is given twice YAML's own loader silently keeps the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if key in keys[:i] and key != "<<":
+                line = node.value[i][0].start_mark.line + 1
+                raise ValueError(f"line {line}: the key {key!r} is given twice; remove one")
+        return super().construct_mapping(node, deep)
 
 
 # ---------------------------------------------------------------------------------------- writing

@@ -116,6 +116,12 @@ class Line(Spec):
     model_config = ConfigDict(extra="ignore")
 
 
+class Text(Line):
+    """One text of a file of documents."""
+
+    text: NonEmpty
+
+
 class Identified(Line):
     """A line with an id that no other line of its file has."""
 
@@ -123,6 +129,7 @@ class Identified(Line):
 
 
 _L = TypeVar("_L", bound=Identified)
+_Line = TypeVar("_Line", bound=Line)
 
 
 def read_ipd_prompts(file: Path, *, decision: DecisionSpec = COOPERATE_OR_DEFECT) -> list[Scenario]:
@@ -180,14 +187,8 @@ def _records(file: Path, *, required: tuple[str, ...]) -> list[dict[str, Any]]:
 
 def read_lines(kind: type[_L], file: Path) -> list[_L]:
     """The records of a JSON Lines file; ``InputError`` names the line that is wrong."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not readable as text ({error}); fix the file") from None
     found: dict[str, tuple[int, _L]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in _lines(file):
         where = f"{file}, line {number}"
         read = _read_line(kind, line, where)
         if read.id in found:
@@ -196,12 +197,27 @@ def read_lines(kind: type[_L], file: Path) -> list[_L]:
                 f"{where}: line {first} has the id {read.id!r}, too; give every line its own"
             )
         found[read.id] = number, read
-    if not found:
-        raise InputError(f"{file}: the file is empty; expected one JSON object a line")
     return [read for _, read in found.values()]
 
 
-def _read_line(kind: type[_L], line: str, where: str) -> _L:
+def read_texts(file: Path) -> list[str]:
+    """The texts of a file of lines {"text": ...}; ``InputError`` names the line that is wrong."""
+    return [_read_line(Text, line, f"{file}, line {n}").text for n, line in _lines(file)]
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers. Only a line feed ends a line."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable as text ({error}); fix the file") from None
+    found = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise InputError(f"{file}: the file is empty; expected one JSON object a line")
+    return found
+
+
+def _read_line(kind: type[_Line], line: str, where: str) -> _Line:
     try:
         given = json.loads(line, object_pairs_hook=_distinct_keys)
         return kind.model_validate(given)
@@ -218,14 +234,3 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if repeated is not None:
         raise ValueError(f"the key {repeated!r} is given twice")
     return dict(pairs)
-
-
-def read_texts(file: Path) -> list[str]:
-    """The texts of a file of lines {"text": ...}; ``InputError`` if it is none."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["text"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f'{file}: expected a line {{"text": "..."}} for each document ({error}); fix the file'
-        ) from None

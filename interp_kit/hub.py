@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from interp_kit.catalogue import gguf_file, is_gguf
-from interp_kit.files import file_hash, files_hash, sha256
+from interp_kit.files import file_hash, files_hash, read_json, sha256
 from interp_kit.specs import InputError, ModelSpec
 
 CACHE = "INTERP_KIT_CACHE"  # environment variable: the folder of dequantised GGUF files
@@ -143,6 +143,14 @@ def check_weight_files(folder: Path, name: str) -> None:
             f"model {name!r}: expected *.safetensors in {folder}, {came}; "
             "convert or copy the weights as safetensors"
         )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(read_json(index).get("weight_map", {}).values())
+        if missing := sorted(shards - {file.name for file in weights}):
+            raise InputError(
+                f"model {name!r}: {len(missing)} of {len(shards)} weight files are missing in "
+                f"{folder}, such as {missing[0]}; copy them, too"
+            )
     for file in weights:
         tensor_shapes(file, name)
     check_checksums(folder, name)

@@ -19,7 +19,7 @@ from transformer_lens.tools.analysis import logit_readout
 
 from interp_kit.decisions import batches, padded, teacher_forced
 from interp_kit.passes import residual_stream
-from interp_kit.prompts import Prompt, Sign
+from interp_kit.prompts import Prompt, Sign, require_prompts
 from interp_kit.specs import InputError
 
 EMBEDDING = -1  # the "layer" before block 0
@@ -33,6 +33,7 @@ def answers_by_layer(
     bridge: TransformerBridge, prompts: Sequence[Prompt], *, translate: Translate | None = None
 ) -> dict[Sign, Float[Tensor, "prompt layer"]]:
     """log p(answer | prompt) in nats as every layer has it, summed over the answer's tokens."""
+    require_prompts(prompts)
     shape = len(prompts), bridge.cfg.n_layers + 1
     totals: dict[Sign, Tensor] = {"positive": torch.zeros(shape), "negative": torch.zeros(shape)}
     for forced in teacher_forced(prompts):
@@ -67,6 +68,8 @@ def top_tokens(
     Through the logit lens, or through a tuned lens' ``translate``. Returns one row for each prompt,
     layer and rank (from 1): ``prompt layer rank token p logit``.
     """
+    if bridge.tokenizer is None:
+        raise InputError("this bridge has no tokenizer, so there are no words to show")
     rows: dict[int, list[tuple[Any, ...]]] = {}
     for index in batches([(len(p.branch), None) for p in prompts]):
         tokens = torch.tensor([prompts[i].branch for i in index])

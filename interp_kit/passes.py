@@ -94,14 +94,17 @@ def once(
 
 
 def last_names(bridge: TransformerBridge) -> list[str]:
-    """What ``residual_stream`` and direct logit attribution read of a forward pass."""
+    """What ``residual_stream`` and direct logit attribution read of a forward pass.
+
+    Norms and MLPs are left out where the model has none.
+    """
     names = ["blocks.0.hook_resid_pre", "ln_final.hook_scale", "unembed.hook_out"]
     hooks = ("attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
     for layer, block in enumerate(bridge.blocks):
         names += [f"blocks.{layer}.{hook}" for hook in hooks]
         if hasattr(block, "ln1_post"):
             names.append(f"blocks.{layer}.ln1_post.hook_scale")
-    return names
+    return [name for name in names if name in bridge.hook_dict]
 
 
 @torch.no_grad()

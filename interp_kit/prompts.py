@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
-
 from interp_kit.specs import InputError, Scenario
 
 Sign = Literal["positive", "negative"]
 PLACE = "=place="  # stands for a prompt, to see where a chat template puts it
+
+
+class TooLongError(InputError):
+    """A prompt that does not fit into the model's context."""
 
 
 @runtime_checkable
@@ -36,15 +38,15 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt and its two answers as token ids.
+    """One prompt and its two answers as token ids; for a bridge without a tokenizer, made of these.
 
     ``text`` is what was tokenized, chat template included; ``counterfactual`` are the token ids of
     the prompt that asks for the other answer, if there is one.
     """
 
-    id: str
+    id: str = "0"
     group: str = ""
-    text: str
+    text: str = ""
     tokens: tuple[int, ...]
     positive: tuple[int, ...]
     negative: tuple[int, ...]
@@ -116,6 +118,11 @@ def encode(
     segment has different numbers of tokens in prompt and counterfactual, or if the prompt does not
     fit into the context.
     """
+    if bridge.tokenizer is None:
+        raise InputError(
+            "this bridge has no tokenizer, so texts cannot be encoded; make prompts of token ids: "
+            "Prompt(tokens=..., positive=..., negative=...)"
+        )
     formatted = with_template(bridge, text)
     if has_template(bridge):
         positive, negative = positive.lstrip(), negative.lstrip()
@@ -144,71 +151,65 @@ def encode(
 
 
 def encode_scenario(bridge: Tokenizing, scenario: Scenario) -> list[Prompt]:
-    """Every prompt of the scenario, tokenized for this model."""
-    decision = scenario.decision
-    return [
-        encode(
-            bridge,
-            prompt.text,
-            positive=prompt.positive or decision.positive,
-            negative=prompt.negative or decision.negative,
-            id=prompt.id,
-            group=prompt.group,
-            counterfactual=prompt.counterfactual,
-            labels=(decision.labels.positive, decision.labels.negative),
-            segments=prompt.segments,
-        )
-        for prompt in scenario.prompts
-    ]
+    """Every prompt of the scenario, tokenized for this model; errors as in ``encode``."""
+    decision, prompts = scenario.decision, []
+    too_long: list[TooLongError] = []
+    for prompt in scenario.prompts:
+        try:
+            encoded = encode(
+                bridge,
+                prompt.text,
+                positive=prompt.positive or decision.positive,
+                negative=prompt.negative or decision.negative,
+                id=prompt.id,
+                group=prompt.group,
+                counterfactual=prompt.counterfactual,
+                labels=(decision.labels.positive, decision.labels.negative),
+                segments=prompt.segments,
+            )
+            prompts.append(encoded)
+        except TooLongError as error:
+            too_long.append(error)
+    if too_long:
+        which = f"{len(too_long)} of {len(scenario.prompts)} prompts are too long; the first, "
+        raise InputError(f"{which if len(too_long) > 1 else ''}{too_long[0]}")
+    return prompts
 
 
-def with_random_answers(
-    bridge: Tokenizing, prompts: Sequence[Prompt], *, n: int = 16, seed: int = 0
-) -> list[Prompt]:
-    """A control: every prompt ``n`` times, with two random tokens where its answers differ.
+def require_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raise ``InputError`` for an empty list."""
+    if not prompts:
+        raise InputError("there are no prompts; give one or more")
 
-    Read at the same position as the decision, they are a contrast that the prompt does not ask for.
-    Ids stay those of the prompts.
+
+def special_token(bridge: Tokenizing, kind: Literal["bos", "eos"]) -> int | None:
+    """The token that begins or ends a text, if the model has one.
+
+    For a tokenizer without, TransformerLens invents an id beyond the model's vocabulary.
     """
-    generator = torch.Generator().manual_seed(seed)
-    size = min(bridge.cfg.d_vocab, len(bridge.tokenizer))
-    controls = []
-    for prompt in prompts:
-        for _ in range(n):
-            first, second = torch.randperm(size, generator=generator)[:2].tolist()
-            positive, negative = (*prompt.shared, first), (*prompt.shared, second)
-            controls.append(replace(prompt, positive=positive, negative=negative))
-    return controls
+    id = getattr(bridge.tokenizer, f"{kind}_token_id", None)
+    return id if id is not None and id < bridge.cfg.d_vocab else None
 
 
-def with_unrelated_counterfactuals(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """A control: every prompt with another prompt in its counterfactual's place.
-
-    The next one of another group, with the same answers and number of tokens: it asks for the same
-    answer in other words. Prompts for which there is none are left out.
-    """
-    controls = []
-    for i, prompt in enumerate(prompts):
-        others = [*prompts[i + 1 :], *prompts[:i]]
-        same = (
-            other
-            for other in others
-            if (other.positive, other.negative) == (prompt.positive, prompt.negative)
-            and len(other.tokens) == len(prompt.tokens)
-            and (other.group != prompt.group or not prompt.group)
+def end_token(bridge: Tokenizing) -> int:
+    """The token that ends a text; ``InputError`` for a model without one."""
+    id = special_token(bridge, "eos")
+    if id is None:
+        raise InputError(
+            "this model's tokenizer has no token that ends a text, and the analysis reads its "
+            "probability; use a model that has one"
         )
-        if (other := next(same, None)) is not None:
-            controls.append(replace(prompt, counterfactual=other.tokens, segments=()))
-    return controls
+    return id
 
 
 def token_ids(bridge: Tokenizing, text: str) -> tuple[int, ...]:
     """The text as the model reads it: with BOS if it takes one, without a chat template."""
     tokenizer = bridge.tokenizer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    wanted = bridge.cfg.default_prepend_bos and bos is not None and bos < bridge.cfg.d_vocab
-    if wanted and ids[:1] != [bos]:  # a chat template brings its own
+    bos = special_token(bridge, "bos")
+    if (
+        bridge.cfg.default_prepend_bos and bos is not None and ids[:1] != [bos]
+    ):  # a chat template brings its own
         ids = [bos, *ids]
     return tuple(ids)
 
@@ -369,10 +370,15 @@ def _check(bridge: Tokenizing, prompt: Prompt, positive: str, negative: str) -> 
             "before either of them ends: reword them, end both with a period, or choose others, "
             f"such as {_proposed(bridge)}"
         )
+    if not prompt.tokens or prompt.counterfactual == ():
+        raise InputError(
+            f"prompt {prompt.id!r}: it, or its counterfactual, has no tokens for this model, which "
+            "adds no BOS; give it some text"
+        )
     longest = max(len(prompt.tokens), len(prompt.counterfactual or ()))
     longest += max(len(prompt.positive), len(prompt.negative))
     if longest > bridge.cfg.n_ctx:
-        raise InputError(
+        raise TooLongError(
             f"prompt {prompt.id!r}: {longest} tokens with its answer, but the model's context "
             f"holds {bridge.cfg.n_ctx}; shorten the prompt"
         )

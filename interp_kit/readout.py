@@ -11,13 +11,32 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 
+def has_norm(bridge: TransformerBridge, name: str) -> bool:
+    """Whether the model has the norm ``name``; a native model may have the identity there."""
+    try:
+        norm: Any = bridge.get_submodule(name)
+    except AttributeError:
+        return False
+    return not isinstance(getattr(norm, "original_component", norm), torch.nn.Identity)
+
+
+def final_norm(bridge: TransformerBridge, x: Tensor) -> Tensor:
+    """``x`` through the final norm; unchanged where the model has none."""
+    return bridge.ln_final(x) if has_norm(bridge, "ln_final") else x
+
+
 def through_frozen_norm(
     bridge: TransformerBridge,
     name: str,
     x: Float[Tensor, "*place d_model"],
     scale: Float[Tensor, "*#place 1"],
 ) -> Float[Tensor, "*place d_model"]:
-    """The norm ``name`` as the linear map that it is once its scale is fixed (bias left out)."""
+    """The norm ``name`` as the linear map that it is once its scale is fixed (bias left out).
+
+    A model without that norm leaves ``x`` as it is.
+    """
+    if not has_norm(bridge, name):
+        return x.float()
     norm: Any = bridge.get_submodule(name)
     gain = norm.weight.float()
     if getattr(bridge.cfg, "rmsnorm_uses_offset", False):
@@ -31,7 +50,9 @@ def through_frozen_norm(
 def norm_scale(
     bridge: TransformerBridge, name: str, x: Float[Tensor, "*place d_model"]
 ) -> Float[Tensor, "*place 1"]:
-    """The scale by which the norm ``name`` divides ``x``."""
+    """The scale by which the norm ``name`` divides ``x``; 1 where the model has none."""
+    if not has_norm(bridge, name):
+        return torch.ones_like(x[..., :1], dtype=torch.float32)
     norm: Any = bridge.get_submodule(name)
     bias = getattr(norm, "bias", None)
     normed = norm(x).float() - (0 if bias is None else bias.float())

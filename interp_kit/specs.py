@@ -8,6 +8,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -204,17 +205,22 @@ class Scenario(Spec):
 
 
 class RunSpec(Spec):
-    """Which notebooks run on which models and scenarios, with which parameters."""
+    """Which notebooks run on which models and scenarios, with which parameters.
+
+    ``checkpoints`` are further models: states of one training, in its order.
+    """
 
     name: str
     about: str = ""
     models: Annotated[list[str], Field(min_length=1)]
+    checkpoints: list[str] = []
     scenarios: Annotated[list[str], Field(min_length=1)]
     notebooks: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _distinct(self) -> "RunSpec":
-        for what, values in (("models", self.models), ("scenarios", self.scenarios)):
+        every = [*self.models, *self.checkpoints]
+        for what, values in (("models", every), ("scenarios", self.scenarios)):
             slugs = [slug(v) for v in values]
             repeated = next((v for i, v in enumerate(values) if slugs[i] in slugs[:i]), None)
             if repeated is not None:
@@ -239,8 +245,9 @@ def as_path(name: str | Path) -> Path:
 def slug(name: str) -> str:
     """``name`` as a folder name: the last part of a path, ``org--name`` for a Hugging Face id.
 
-    A scenario file loses its ``.yaml``.
+    A scenario file loses its ``.yaml``; of ``FILE.json#NAME`` it is the name.
     """
+    name = name.rpartition("#")[2]
     if HUGGING_FACE_ID.fullmatch(name) and not as_path(name).is_dir():
         return name.replace("/", "--")
     last = Path(name).name.removesuffix(".yaml")
@@ -292,6 +299,10 @@ def explain(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
             message = "missing; add it"
         case "value_error":
             pass
+        case "string_type" if isinstance(first["input"], bool | int | float | date):
+            message = f"expected text, got {_short(first['input'])}: quote it"
+            if isinstance(first["input"], bool):
+                message += "; YAML reads yes, no, on, off, true and false without quotes so"
         case _:
             message = f"{message[0].lower()}{message[1:]}, got {_short(first['input'])}"
     more = len(error.errors()) - 1

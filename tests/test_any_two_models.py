@@ -230,7 +230,7 @@ def test_models_of_other_shapes_and_vocabularies_are_refused(tiny_folders, tmp_p
         models = load_models([str(folder), place], device="cpu")
         before = getattr(made(), size)
         with pytest.raises(InputError, match=f"{size} is {before} and {value}; choose models"):
-            cross_model_patching(models, str(folder), place, [])
+            models.require_comparable(str(folder), place)
     qwen = str(tiny_folders["qwen2"])
     models = load_models([str(folder), qwen], device="cpu")
     with pytest.raises(InputError, match="model_type is llama and qwen2"):

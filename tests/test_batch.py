@@ -172,7 +172,7 @@ def run_file(folder, **changes):
         ),
         (
             {"notebooks": {"91_summary": {"reference": "ipd-strategic"}}},
-            "'reference': unknown model 'ipd-strategic'",
+            "its default names 'ipd-deontological', which is no model of this run",
         ),
     ],
 )

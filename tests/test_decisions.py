@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 
 from interp_kit.catalogue import load_scenario
+from interp_kit.controls import with_random_answers
 from interp_kit.decisions import (
     MAX_TOKENS,
     PADDED_ROWS,
@@ -16,7 +17,7 @@ from interp_kit.decisions import (
     padded_batches,
 )
 from interp_kit.passes import residuals
-from interp_kit.prompts import encode, encode_scenario, with_random_answers
+from interp_kit.prompts import encode, encode_scenario
 from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 

@@ -10,16 +10,12 @@ import pytest
 from interp_kit.analyses import behaviour
 from interp_kit.analyses.behaviour import swapped_options
 from interp_kit.catalogue import list_scenarios, load_scenario
+from interp_kit.controls import with_unrelated_counterfactuals
 from interp_kit.decisions import decide
 from interp_kit.formats import PAIRS
 from interp_kit.loading import load_model
 from interp_kit.patching.positions import comparable_positions
-from interp_kit.prompts import (
-    Tokenizing,
-    encode,
-    encode_scenario,
-    with_unrelated_counterfactuals,
-)
+from interp_kit.prompts import Tokenizing, encode, encode_scenario
 from interp_kit.specs import REPOSITORY, InputError
 from organisms.little_world.corpus import Corpus, held_out_dilemma
 

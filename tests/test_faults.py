@@ -244,7 +244,7 @@ def test_spoiled_weights_are_found_and_old_results_do_not_count(study):
     assert lines[2].startswith("up to date  logged/tiny-gemma2/CC_continue")
     for how, expected in said.items():
         with pytest.raises(InputError, match=expected):
-            check_inputs({(how, "CC_continue")}, data=data)
+            check_inputs({(how, "CC_continue", False)}, data=data)
 
 
 # ------------------------------------------------------------------------------------ full of it

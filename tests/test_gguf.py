@@ -215,23 +215,20 @@ def smollm2(tmp_path_factory):
 
 def test_a_real_instruct_model_from_its_package(smollm2, monkeypatch):
     monkeypatch.setenv(hub.CACHE, str(smollm2 / "cache"))
-    seconds = []
-    for _ in range(2):
+    bridges, seconds = [], []
+    for name in ("smollm2", str(smollm2 / "plain")):
         start = time.perf_counter()
-        bridge = load_model("smollm2", device="cpu")
+        bridges.append(load_model(name, device="cpu"))
         seconds.append(time.perf_counter() - start)
     print(f"seconds the first time {seconds[0]:.1f}, then {seconds[1]:.1f}")
+    bridge, plain = bridges
     question = "What is the capital of France?"
-    answers = {
-        "positive": "The capital of France is Paris",
-        "negative": "The capital of France is Lyon",
-    }
-    asked = encode(bridge, question, **answers)
+    paris, lyon = "The capital of France is Paris", "The capital of France is Lyon"
+    asked = encode(bridge, question, positive=paris, negative=lyon)
     turn = [{"role": "user", "content": question}]
     assert asked.tokens == tuple(
         bridge.tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
     )
-    plain = load_model(str(smollm2 / "plain"), device="cpu")
     sentence = encode(plain, "The capital of France is", positive=" Paris", negative=" Lyon")
     assert sentence.text == "The capital of France is"  # no template, and no BOS
     own = AutoTokenizer.from_pretrained(gguf_folder(find_model("smollm2")))

@@ -20,6 +20,7 @@ from interp_kit.analyses.activation_patching import (
     transplant_error,
 )
 from interp_kit.analyses.causal_tracing import causal_trace
+from interp_kit.controls import with_random_answers
 from interp_kit.decisions import decide
 from interp_kit.loading import load_model, load_models
 from interp_kit.patching import memory, plan, recording
@@ -29,7 +30,7 @@ from interp_kit.patching.patches import Patch, find_patch, unit_patches
 from interp_kit.patching.positions import first_difference
 from interp_kit.patching.recording import record, recorded
 from interp_kit.patching.sweep import Sweep
-from interp_kit.prompts import encode, with_random_answers
+from interp_kit.prompts import encode
 from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 from tests.tiny import ARCHITECTURES, WORDS, save_tiny

@@ -47,7 +47,7 @@ from interp_kit.patching.positions import (
 from interp_kit.patching.recording import gradients, recorded
 from interp_kit.patching.scores import Metric
 from interp_kit.patching.table import outcomes, position_column
-from interp_kit.prompts import Prompt
+from interp_kit.prompts import Prompt, require_prompts
 
 
 def activation_patching(
@@ -114,6 +114,7 @@ def cross_model_patching(
     Raises ``InputError`` unless the two are of one architecture and vocabulary, and as
     ``activation_patching``.
     """
+    require_prompts(prompts)
     models.require_comparable(source, target)
     patches = unit_patches(models.switch(target), unit, layer=layer)
     if unit == "component" and layer is None:
@@ -144,6 +145,7 @@ def ablation(
     Options and columns are those of ``activation_patching``; ``direction`` is the replacement, and
     ``source`` and ``recovered_fraction`` are missing, since no run has these activations.
     """
+    require_prompts(prompts)
     patches = unit_patches(bridge, unit, layer=layer)
     experiments = ablation_experiments(
         bridge, prompts, _places(patches), replacement=replacement, metric=metric

@@ -28,7 +28,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.decisions import batches
 from interp_kit.passes import last_names, read_last
-from interp_kit.prompts import Prompt
+from interp_kit.prompts import Prompt, require_prompts
 from interp_kit.readout import project_heads, projection_bias, through_frozen_norm
 
 Cache = dict[str, Tensor]
@@ -272,6 +272,7 @@ class _Branch:
 
 
 def _branches(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Iterator[_Branch]:
+    require_prompts(prompts)
     W_U, b_U = bridge.W_U, bridge.b_U
     for index in batches([(len(p.branch), None) for p in prompts]):
         ids = torch.tensor([prompts[i].branch_ids for i in index], device=W_U.device)
@@ -308,8 +309,10 @@ def _terms(
         if bias.any():
             outputs.append(bias)
             terms.append(Term(name=f"L{layer}_ATTN_BIAS", kind="bias", layer=layer))
-        outputs.append(cache[f"blocks.{layer}.hook_mlp_out"].float())
-        terms.append(Term(name=f"L{layer}_MLP", kind="mlp", layer=layer))
+        mlp = f"blocks.{layer}.hook_mlp_out"
+        if mlp in cache:  # some models are attention only
+            outputs.append(cache[mlp].float())
+            terms.append(Term(name=f"L{layer}_MLP", kind="mlp", layer=layer))
     normed, norm_bias = _through_final_norm(bridge, cache, torch.stack(outputs, 1))
     if norm_bias.any():
         terms.append(Term(name="FINAL_NORM_BIAS", kind="bias"))
@@ -321,8 +324,9 @@ def _through_final_norm(
     bridge: TransformerBridge, cache: Cache, outputs: Float[Tensor, "prompt part d_model"]
 ) -> tuple[Float[Tensor, "prompt part d_model"], Float[Tensor, "d_model"]]:
     """Every part through the final norm with its statistics frozen; and the norm's bias."""
-    normed = through_frozen_norm(bridge, "ln_final", outputs, cache["ln_final.hook_scale"][:, None])
-    bias = getattr(bridge.ln_final, "bias", None)
+    scale = cache.get("ln_final.hook_scale", torch.ones_like(outputs[:, 0, :1]))
+    normed = through_frozen_norm(bridge, "ln_final", outputs, scale[:, None])
+    bias = getattr(getattr(bridge, "ln_final", None), "bias", None)
     return normed, torch.zeros_like(normed[0, 0]) if bias is None else bias.float()
 
 

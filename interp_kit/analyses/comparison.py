@@ -1,7 +1,8 @@
 """One analysis across models and scenarios, and how far a bridge is from the plain model."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pandas as pd
@@ -68,6 +69,17 @@ def across_pairs(
         table = table.assign(experiment=name, scenario=scenario.name)
         tables.append(table.assign(prompt=scenario.name + "/" + table.prompt))
     return pd.concat(tables, ignore_index=True)
+
+
+def training_steps(names: Sequence[str]) -> list[int]:
+    """The steps of checkpoints of one training: the numbers that end their names, if these ascend.
+
+    Else 1, 2, 3 and so on, in the order given.
+    """
+    found = [re.search(r"(\d+)/?$", name) for name in names]
+    steps = [int(match[1]) for match in found if match]
+    ascend = all(a < b for a, b in pairwise(steps))
+    return steps if len(steps) == len(names) and ascend else list(range(1, len(names) + 1))
 
 
 def where_decided(

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.passes import Residuals, residuals
 from interp_kit.prompts import Prompt
-from interp_kit.readout import norm_scale, soft_cap, through_frozen_norm
+from interp_kit.readout import final_norm, norm_scale, soft_cap, through_frozen_norm
 from interp_kit.specs import InputError
 from interp_kit.statistics import prediction_limit
 
@@ -179,7 +179,7 @@ def delta_lens(
     unembedding, bias = bridge.W_U.float(), bridge.b_U.float()
 
     def readout(stream: Tensor) -> Tensor:
-        normed = bridge.ln_final(stream.to(bridge.cfg.dtype)).float()
+        normed = final_norm(bridge, stream.to(bridge.cfg.dtype)).float()
         return soft_cap(bridge, normed @ unembedding + bias)
 
     if norm == "recomputed":

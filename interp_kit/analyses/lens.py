@@ -16,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.layer_readout import EMBEDDING, answers_by_layer, layer_table
 from interp_kit.passes import residual_stream
 from interp_kit.prompts import Prompt
+from interp_kit.readout import final_norm
 from interp_kit.statistics import settled
 
 
@@ -48,7 +49,7 @@ def random_direction_lens(
         resid = residual_stream(bridge, torch.tensor([prompt.branch]), 1)[:, 0]
         positive, negative = prompt.branch_ids
         norm = (bridge.W_U[:, positive].float() - bridge.W_U[:, negative].float()).norm()
-        values = bridge.ln_final(resid)[:, 0].float() @ (random * norm)
+        values = final_norm(bridge, resid)[:, 0].float() @ (random * norm)
         tables += [
             pd.DataFrame(
                 {

@@ -32,7 +32,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.decisions import batches, decide, last_logits, padded, padded_batches
 from interp_kit.interventions import Direction, Operator, add, intervene, remove
 from interp_kit.passes import resumed
-from interp_kit.prompts import Prompt
+from interp_kit.prompts import Prompt, special_token
 
 Directions = Float[Tensor, "layer d_model"]  # one for each layer
 
@@ -255,7 +255,7 @@ def _continuation(
     bridge: TransformerBridge, prompt: str, strength: float, ids: list[int], loss: list[float]
 ) -> dict[str, Any]:
     """One row of ``continuations``; what follows the end of the text is not counted."""
-    end = bridge.tokenizer.eos_token_id
+    end = special_token(bridge, "eos")
     n = ids.index(end) + 1 if end in ids else len(ids)
     text = bridge.tokenizer.decode(ids[:n], skip_special_tokens=True).strip()
     words = text.split()

@@ -37,7 +37,7 @@ from interp_kit.layer_readout import (
     usable_rows,
 )
 from interp_kit.passes import residual_stream
-from interp_kit.prompts import Prompt, token_ids
+from interp_kit.prompts import Prompt, special_token, token_ids
 from interp_kit.translators import TunedLens
 
 
@@ -50,7 +50,7 @@ def text_rows(
     bridge: TransformerBridge, texts: Sequence[str], *, length: int = 128
 ) -> list[tuple[int, ...]]:
     """Every text as token ids, with its end where the tokenizer has one; ``length`` at most."""
-    end = bridge.tokenizer.eos_token_id
+    end = special_token(bridge, "eos")
     ends = () if end is None else (end,)
     return [(*token_ids(bridge, text), *ends)[:length] for text in texts]
 

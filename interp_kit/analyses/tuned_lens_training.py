@@ -34,6 +34,7 @@ from interp_kit.layer_readout import (
     tokens_at_once,
     usable_rows,
 )
+from interp_kit.prompts import special_token
 from interp_kit.specs import InputError
 from interp_kit.translators import TunedLens, read_tensors, translate
 
@@ -67,8 +68,8 @@ def own_texts(
     The draws are those of ``seed``; the global random state stays as it was. Raises ``InputError``
     if the tokenizer has neither.
     """
-    tokenizer = bridge.tokenizer
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start, end = (special_token(bridge, kind) for kind in ("bos", "eos"))
+    start = end if start is None else start
     if start is None:
         raise InputError(
             "the model's tokenizer has neither a beginning nor an end of text, so the model cannot "
@@ -82,7 +83,7 @@ def own_texts(
             written = bridge.generate(
                 begun, max_new_tokens=length - 1, do_sample=True, verbose=False
             )
-            rows += [_until(row, tokenizer.eos_token_id) for row in cast(Tensor, written).tolist()]
+            rows += [_until(row, end) for row in cast(Tensor, written).tolist()]
     return rows
 
 

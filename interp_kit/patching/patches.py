@@ -115,7 +115,8 @@ UNPATCHED: PatchSet = frozenset()
 def unit_patches(bridge: TransformerBridge, unit: Unit, *, layer: int | None = None) -> list[Patch]:
     """Every patch of one kind, each at all positions; by layer, heads before the MLP.
 
-    ``unit``: "component" is every head (site "z") and every MLP (site "mlp_out"); the others are
+    ``unit``: "component" is every head (site "z") and every MLP (site "mlp_out") that the model
+    has; the others are
     the site of that name, "head" and "neuron" one by one. ``layer`` keeps to one layer.
 
     Raises ``InputError`` for a layer or a site that the model does not have (a mixture of experts
@@ -127,16 +128,17 @@ def unit_patches(bridge: TransformerBridge, unit: Unit, *, layer: int | None = N
     if unit == "neuron" and layer is None:
         raise InputError("neurons are patched in one layer at a time; give layer=")
     layers = range(cfg.n_layers) if layer is None else [layer]
-    for site in SITES_OF_UNIT[unit]:
+    sites = SITES_OF_UNIT[unit]
+    if unit == "component" and HOOKS["mlp_out"].format(layers[0]) not in bridge.hook_dict:
+        sites = ("z",)  # the model is attention only
+    for site in sites:
         name = HOOKS[site].format(layers[0])
         if name not in bridge.hook_dict:
             raise InputError(
                 f"this model has no {name}, so unit {unit!r} cannot be patched; "
                 f"expected a unit that it has, such as 'component' or 'resid_pre'"
             )
-    return [
-        patch for at in layers for site in SITES_OF_UNIT[unit] for patch in _of(bridge, site, at)
-    ]
+    return [patch for at in layers for site in sites for patch in _of(bridge, site, at)]
 
 
 def find_patch(bridge: TransformerBridge, name: str) -> Patch:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from interp_kit.prompts import Prompt, Segment
+from interp_kit.prompts import Prompt, Segment, require_prompts
 from interp_kit.specs import InputError
 
 Positions = Literal["all", "each", "decision", "segments"]
@@ -25,6 +25,7 @@ def aimed(
 
     "noise" patches the run on the prompt, "denoise" that on its counterfactual.
     """
+    require_prompts(prompts)
     for direction in directions:
         for prompt in tqdm(prompts, desc=direction, unit="prompt", leave=False):
             target = prompt.swapped() if direction == "denoise" else prompt

@@ -160,6 +160,7 @@ class Sweep:
             return torch.nn.functional.pad(x, (0, 0, length - x.shape[1], 0))
 
         parts = [f"{last}.attn.o", f"{last}.mlp"]
+        parts = [part for part in parts if f"{part}.hook_in" in self.bridge.hook_dict]
         before: Hooks = [(f"{part}.hook_out", pad) for part in parts]
         return [*before, *hooks, *((f"{part}.hook_in", trim) for part in parts)]
 
