@@ -134,9 +134,8 @@ def run(
     outcomes = _run(cells, todo, data, **how)
     for spec, own in zip(specs, expanded):
         if ended := [outcome for outcome in outcomes if outcome.cell in own]:
-            index = _write_report(spec, own, outputs)
             print_table(ended)
-            typer.echo(f"Report: {index}")
+            typer.echo(f"Report: {_write_report(spec, own, outputs)}")
     if any(o.state == "error" for o in outcomes):
         raise typer.Exit(1)
 

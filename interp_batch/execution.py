@@ -4,6 +4,7 @@ Only a notebook that ended well is moved to the results; a failed one is kept un
 run may be stopped at any moment: nothing half-written is ever read.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -120,7 +121,15 @@ def move_into_place(cell: Cell, folder: Path, status: dict[str, Any]) -> Outcome
     target = cell.failed_folder if status["state"] == "error" else cell.folder
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # a link leads to another filesystem
+            raise
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copytree(folder, beside)
+        beside.rename(target)
+        shutil.rmtree(folder)
     if status["state"] == "ok":
         shutil.rmtree(cell.failed_folder, ignore_errors=True)
     return Outcome(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.prompts import Prompt, Sign, require_prompts
+from interp_kit.prompts import Prompt, Sign, require_prompts, special_token
 from interp_kit.records import Named, answer, named
 from interp_kit.specs import InputError
 from interp_kit.statistics import mean_interval, verdict
@@ -218,6 +218,24 @@ def last_logits(
             ("unembed.hook_in", lambda x, hook: x.gather(1, at.expand(-1, -1, x.shape[-1])))
         ],
     )
+
+
+def generated(
+    bridge: TransformerBridge,
+    tokens: Int[Tensor, "row pos"],
+    *,
+    max_new_tokens: int,
+    do_sample: bool,
+) -> Int[Tensor, "row all_pos"]:
+    """The rows and what the model continues them by, at temperature 1, up to its end of text."""
+    written: Any = bridge.generate(
+        tokens,
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        stop_at_eos=special_token(bridge, "eos") is not None,
+        verbose=False,
+    )
+    return written
 
 
 @torch.no_grad()

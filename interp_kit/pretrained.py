@@ -213,7 +213,7 @@ def _huggingface(files: ModelFiles, device: str) -> torch.nn.Module:
 
 def _bridge(files: ModelFiles, model: Any, tokenizer: Any, device: str) -> TransformerBridge:
     spec = files.spec
-    has_bos = tokenizer.bos_token_id is not None
+    invented = [t for t in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, t) is None]
     check_vocabulary(spec.name, tokenizer, model.get_input_embeddings().weight.shape[0])
     with quiet():
         bridge = TransformerBridge.boot_transformers(
@@ -223,8 +223,10 @@ def _bridge(files: ModelFiles, model: Any, tokenizer: Any, device: str) -> Trans
             device=device,
             dtype=getattr(torch, spec.dtype),
         )
-    # Booting invents a BOS for a tokenizer without one; prompts must not get that.
-    bridge.cfg.default_prepend_bos = spec.prepend_bos and has_bos
+    # Booting invents special tokens for a tokenizer without them; texts must not get those.
+    for token in invented:
+        setattr(bridge.tokenizer, token, None)
+    bridge.cfg.default_prepend_bos = spec.prepend_bos and "bos_token" not in invented
     return bridge.eval().requires_grad_(False)
 
 

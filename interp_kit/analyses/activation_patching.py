@@ -41,10 +41,11 @@ from interp_kit.patching.positions import (
     Direction,
     Positions,
     aimed,
+    corresponding,
     first_difference,
     position_sets,
 )
-from interp_kit.patching.recording import gradients, recorded
+from interp_kit.patching.recording import gradients, moved, recorded
 from interp_kit.patching.scores import Metric
 from interp_kit.patching.table import outcomes, position_column
 from interp_kit.prompts import Prompt, require_prompts
@@ -178,7 +179,7 @@ def attribution_patching(
         for direction, prompt in aimed(prompts, directions):
             experiment = counterfactual_experiment(bridge, prompt, places, positions=positions)
             located = _located(prompt, patches, positions, first_difference(prompt))
-            changes = _estimates(bridge, prompt, [patch for _, patch in located])
+            changes = _estimates(bridge, prompt, [patch for _, patch in located], positions)
             table = _table(experiment, located, experiment.baseline + changes)
             tables.append(table.assign(direction=direction))
     return _finished(tables)
@@ -295,17 +296,18 @@ def _finished(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _estimates(
-    bridge: TransformerBridge, prompt: Prompt, patches: Sequence[Patch]
+    bridge: TransformerBridge, prompt: Prompt, patches: Sequence[Patch], positions: Positions
 ) -> Float[np.ndarray, "patch"]:
     """(source - target) . gradient of the target's decision, summed over what is written."""
     assert prompt.counterfactual is not None
     places = _places(patches)
-    ours = recorded(bridge, prompt.branch, places).activations
-    theirs = recorded(bridge, prompt.counterfactual + prompt.shared, places).activations
+    here = recorded(bridge, prompt.branch, places)
+    there = recorded(bridge, prompt.counterfactual + prompt.shared, places)
+    at = [*corresponding(prompt, positions), *range(len(prompt.counterfactual), there.length)]
     slopes = gradients(bridge, prompt.branch, prompt.branch_ids, places)
     shares: dict[Place, np.ndarray] = {}
     for place in places:
-        share = (theirs[place] - ours[place]) * slopes[place]
+        share = (moved(there, here, place, at) - here.activations[place]) * slopes[place]
         shares[place] = (share if place[0] == "neuron" else share.sum(-1)).cpu().numpy()
     return np.array([_picked(shares[patch.place], patch).sum() for patch in patches])
 

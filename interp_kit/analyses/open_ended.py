@@ -15,14 +15,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import answer_log_probs, batches, losses
+from interp_kit.decisions import answer_log_probs, batches, generated, losses
 from interp_kit.endpoints import BadReply, ChatClient, run_async
 from interp_kit.evaluations import OpenQuestion
 from interp_kit.prompts import encode, prompt_ids, token_ids, with_template
@@ -100,10 +100,10 @@ def generate(
         for index in batches([(len(row) + max_new_tokens, None) for row in rows]):
             tokens = torch.tensor([rows[i] for i in index])
             for sample in range(samples + 1):
-                whole = bridge.generate(
-                    tokens, max_new_tokens=max_new_tokens, do_sample=sample > 0, verbose=False
+                whole = generated(
+                    bridge, tokens, max_new_tokens=max_new_tokens, do_sample=sample > 0
                 )
-                new = cast(torch.Tensor, whole)[:, tokens.shape[1] :]
+                new = whole[:, tokens.shape[1] :]
                 said = bridge.tokenizer.batch_decode(new, skip_special_tokens=True)
                 texts |= {(i, sample): text.strip() for i, text in zip(index, said)}
     return pd.DataFrame(

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import batches, decide, last_logits, padded, padded_batches
+from interp_kit.decisions import batches, decide, generated, last_logits, padded, padded_batches
 from interp_kit.interventions import Direction, Operator, add, intervene, remove
 from interp_kit.passes import resumed
 from interp_kit.prompts import Prompt, special_token
@@ -157,9 +157,7 @@ def continuations(
         for index in batches([(len(p.tokens), None) for p in prompts]):
             tokens = torch.tensor([prompts[i].tokens for i in index], device=bridge.cfg.device)
             with steered(bridge, direction, layer=layer, strength=float(strength)):
-                whole: Any = bridge.generate(
-                    tokens, max_new_tokens=max_new_tokens, do_sample=False, verbose=False
-                )
+                whole = generated(bridge, tokens, max_new_tokens=max_new_tokens, do_sample=False)
             whole = whole.to(tokens.device)
             logits = bridge(whole).float()[:, tokens.shape[1] - 1 : -1]
             new = whole[:, tokens.shape[1] :]

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import batches
+from interp_kit.decisions import batches, generated
 from interp_kit.files import replacing
 from interp_kit.layer_readout import (
     Rows,
@@ -80,10 +80,8 @@ def own_texts(
         torch.manual_seed(seed)
         for index in batches([(length, None)] * n):
             begun = torch.full((len(index), 1), start, device=bridge.cfg.device)
-            written = bridge.generate(
-                begun, max_new_tokens=length - 1, do_sample=True, verbose=False
-            )
-            rows += [_until(row, end) for row in cast(Tensor, written).tolist()]
+            written = generated(bridge, begun, max_new_tokens=length - 1, do_sample=True)
+            rows += [_until(row, end) for row in written.tolist()]
     return rows
 
 

@@ -30,7 +30,7 @@ from interp_kit.patching.patches import (
     unit_patches,
 )
 from interp_kit.patching.positions import Positions, corresponding, named_segment
-from interp_kit.patching.recording import Recording, SourceValues, record, recorded
+from interp_kit.patching.recording import Recording, SourceValues, moved, record, recorded
 from interp_kit.patching.scores import Metric, Score, read_sequences, score_of
 from interp_kit.patching.sweep import Sweep
 from interp_kit.prompts import Prompt
@@ -127,7 +127,7 @@ def counterfactual_experiment(
         source_run = recorded(bridge, other + forced, places, read=sequence.read)
         at = [*index, *range(len(other), len(other) + len(forced))]
         source = SourceValues(
-            values={place: _moved(source_run, target_run, place, at) for place in places}
+            values={place: moved(source_run, target_run, place, at) for place in places}
         )
         key = bridge, sequence.tokens, other + forced, tuple(at), sequence.read
         sequences.append(_patched(bridge, sequence, target_run, source, key=key))
@@ -173,9 +173,9 @@ def cross_model_experiment(
         here = _written_by_heads(bridge, source_run, _tail(prompt, sequence, positions))
         shift = {layer: written[layer] - here[layer] for layer in written}
         shift = {layer: value for layer, value in shift.items() if bool(value.any())}
-        moved = SourceValues(values=source_run.activations, head_shift=shift)
+        values = SourceValues(values=source_run.activations, head_shift=shift)
         context = partial(_computing_as, models, target)
-        sequences.append(_patched(bridge, sequence, target_run, moved, context=context))
+        sequences.append(_patched(bridge, sequence, target_run, values, context=context))
     return _experiment(prompt, metric, sequences, source_runs)
 
 
@@ -344,14 +344,6 @@ def _noisy_embeddings(
 def _computing_as(models: Models, name: str) -> Iterator[None]:
     models.switch(name)
     yield
-
-
-def _moved(source_run: Recording, target_run: Recording, place: Place, index: list[int]) -> Tensor:
-    """The source's activations at the target's positions; the target's own where none is."""
-    at = torch.tensor(index)
-    values = source_run.activations[place][at.clamp(min=0)]
-    values[at < 0] = target_run.activations[place][at < 0]
-    return values
 
 
 def _tail(prompt: Prompt, sequence: AnswerSequence, positions: Positions) -> range:

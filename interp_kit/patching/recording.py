@@ -128,6 +128,16 @@ def recorded(
     )
 
 
+def moved(
+    source_run: Recording, target_run: Recording, place: Place, index: Sequence[int]
+) -> Tensor:
+    """The source's activations at the target's positions; the target's own where none is."""
+    at = torch.tensor(list(index))
+    values = source_run.activations[place][at.clamp(min=0)]
+    values[at < 0] = target_run.activations[place][at < 0]
+    return values
+
+
 @torch.enable_grad()
 def gradients(
     bridge: TransformerBridge,
