@@ -108,11 +108,14 @@ def save_random(name: str, folder: Path) -> Path:
     return folder
 
 
-def save_fine_tune(base: Path, root: Path, *, seed: int) -> tuple[str, str]:
-    """One random LoRA fine-tune of ``base``, twice: as an adapter with its spec, and merged."""
+def save_fine_tune(base: Path, root: Path, *, seed: int, **how: Any) -> tuple[str, str]:
+    """One random LoRA fine-tune of ``base``, twice: as an adapter with its spec, and merged.
+
+    ``how`` goes to the adapter's config.
+    """
     adapter, merged = root / f"adapter-{seed}", root / f"merged-{seed}"
     torch.manual_seed(seed)
-    config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, **how)
     model = get_peft_model(Gemma2ForCausalLM.from_pretrained(base), config)
     model.save_pretrained(str(adapter / "adapter"))
     spec = {"base": str(base), "adapter": "adapter"}
@@ -357,10 +360,21 @@ def measure_fine_tunes(names: list[str]) -> dict[str, Any]:
 
 
 def measure_variants(adapters: list[str], merged: list[str]) -> pd.DataFrame:
-    """(a) one merged model, (b) all fine-tunes as adapters on one base, (c) all merged."""
+    """One merged model, fine-tunes as adapters on one base, merged, and with a copy of their own.
+
+    The last of ``adapters`` is a DoRA adapter, which is merged into a base of its own.
+    """
     rows = []
     context = multiprocessing.get_context("spawn")
-    variants = {"a: one merged": merged[:1], "b: adapters": adapters, "c: merged": merged}
+    shared, own = adapters[:-1], adapters[-1]
+    variants = {
+        "a: one merged": merged[:1],
+        "b: adapters": shared,
+        "c: merged": merged,
+        "d: two adapters": shared[:2],
+        "e: two merged": merged[:2],
+        "f: adapters, one with a copy": [*shared[:-1], own],
+    }
     for variant, names in variants.items():
         with ProcessPoolExecutor(1, mp_context=context, initializer=one_thread) as process:
             rows.append({"variant": variant, **process.submit(measure_fine_tunes, names).result()})
@@ -446,7 +460,8 @@ def main() -> None:
         progress.set_description(ACROSS)
         saved = [save_fine_tune(root / "random-12", root, seed=n) for n in range(FINE_TUNES)]
         adapters, merged = map(list, zip(*saved))
-        variants = measure_variants(adapters, merged)
+        own, _ = save_fine_tune(root / "random-12", root, seed=FINE_TUNES, use_dora=True)
+        variants = measure_variants([*adapters, own], merged)
         rows.append(measure(across_models(adapters, merged)))
         progress.update()
     sweeps = pd.DataFrame(rows)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from interp_kit.catalogue import data_folders, list_models, list_scenarios, read_run
-from interp_kit.hub import missing_files
+from interp_kit.hub import state_of_files
 from interp_kit.specs import REPOSITORY, InputError, ModelSpec, RunSpec
 
 if TYPE_CHECKING:  # these import papermill, which takes a second
@@ -390,10 +390,7 @@ def _write_pictures(folder: Path) -> None:
 
 
 def _description(model: ModelSpec) -> str:
-    missing = missing_files(model)
-    return (f"[not on this machine: {', '.join(missing)}] " if missing else "") + (
-        model.about or model.base
-    )
+    return state_of_files(model) + (model.about or model.base)
 
 
 if __name__ == "__main__":

@@ -286,9 +286,8 @@ def answers_given(decisions: pd.DataFrame) -> tuple[dict[str, Named], dict[str, 
     explains little. ``decisions`` is a table of ``decide``; of several models, in the column
     ``model``, the one that gives them least counts. The answer is printed.
     """
-    masses = mean_interval(
-        decisions, ["model"] if "model" in decisions else [], column="answer_mass", within=(0, 1)
-    )
+    by = ["model"] if "model" in decisions else []
+    masses = mean_interval(decisions, by, column="answer_mass", within=(0.0, 1.0))
     least = masses.nsmallest(1, "value")
     which = f" of {least.model.item()}" if "model" in least else ""
     summary = {f"answer mass{which}": named(least, unit="")}

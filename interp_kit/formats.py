@@ -210,7 +210,9 @@ def _lines(file: Path) -> list[tuple[int, str]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not readable as text ({error}); fix the file") from None
+        raise InputError(
+            f"{file}: not readable as text ({error}); expected a file with one JSON object a line"
+        ) from None
     found = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise InputError(f"{file}: the file is empty; expected one JSON object a line")

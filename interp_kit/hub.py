@@ -55,6 +55,15 @@ def missing_files(spec: ModelSpec) -> list[str]:
     return [p for p, revision in places if p and not Path(p).is_dir() and not _cached(p, revision)]
 
 
+def state_of_files(spec: ModelSpec) -> str:
+    """What of a model's files is worth a note: ``[not on this machine: ...] ``; often nothing."""
+    if missing := missing_files(spec):
+        return f"[not on this machine: {', '.join(missing)}] "
+    if is_gguf(spec.base) and is_complete(gguf_folder(spec)):
+        return f"[dequantised in {gguf_folder(spec)}] "
+    return ""
+
+
 def gguf_folder(spec: ModelSpec) -> Path:
     """The folder into which the spec's GGUF file is dequantised: by its content and the dtype."""
     file = gguf_file(spec.base, spec.name)

@@ -260,7 +260,8 @@ class Models:
         return None if bridge is None else vars(bridge)[_LOADED]
 
     def _booted(self, key: Key, files: ModelFiles) -> Loaded:
-        if own_copy(files):
+        if reason := own_copy(files):
+            print(f"{files.spec.name}: {reason}; it is merged into a copy of its base of its own")
             loaded = boot_merged(files, self.device)
         else:
             on_it = [s.name for s in self.specs.values() if s.adapter]

@@ -118,18 +118,9 @@ def effects(
         np.stack([row[drawn].mean(1) for row in values]), [0.025, 0.975], axis=1
     )
     mean, p = values.mean(1), np.ones(len(values))
-    if n > 1:  # the sign of a single prompt says nothing
-        p = stats.permutation_test(
-            (values,),
-            lambda x, axis: np.mean(x, axis=axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=resamples,
-            batch=500,
-            axis=1,
-            rng=rng,
-        ).pvalue
-    else:
+    if n > 1:
+        p = _sign_flip_p(values, resamples, rng)
+    else:  # the sign of a single prompt says nothing
         low = high = np.full(len(values), np.nan)
     p = np.where(mean == 0, 1.0, p)
     q = stats.false_discovery_control(p)
@@ -285,6 +276,23 @@ def rank_agreement(
             result |= {"value": found.value, "low": low, "high": high, "p": found.p}
         rows.append(result)
     return pd.DataFrame(rows, columns=["first", "second", "value", "low", "high", "n", "p"])
+
+
+def _sign_flip_p(
+    values: Float[np.ndarray, "group prompt"], resamples: int, rng: np.random.Generator
+) -> Float[np.ndarray, "group"]:
+    """Of the mean over prompts, were the sign of each arbitrary; two-sided."""
+    tested: Any = stats.permutation_test(
+        (values,),
+        lambda x, axis: np.mean(x, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        batch=500,
+        axis=1,
+        rng=rng,
+    )
+    return tested.pvalue
 
 
 def _intervals(

@@ -367,7 +367,7 @@ def test_what_is_written_is_read_again(tmp_path):
         ({"correct_answer": "A, B"}, "correct_answer 'A, B' is not one of the options"),
         ({"question": ""}, "question: string should have at least 1 character"),
         ({"options": ["bi", "bo"]}, "options: .* valid dictionary"),
-        ({"id": 3}, "id: input should be a valid string, got 3"),
+        ({"id": 3}, "id: expected text, got 3: quote it"),
     ],
 )
 def test_a_bad_question_is_one_line_with_its_place(tmp_path, change, message):
