@@ -18,7 +18,7 @@ from interp_kit.analyses.activation_patching import cross_model_patching, transp
 from interp_kit.analyses.weights import layer_swap, nested_layer_swap, weight_norms
 from interp_kit.catalogue import find_model
 from interp_kit.decisions import decide
-from interp_kit.loading import IN_MEMORY, load_models
+from interp_kit.loading import IN_MEMORY, Models, load_models
 from interp_kit.passes import residuals, shared_passes
 from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
@@ -171,6 +171,9 @@ def test_changes_are_the_differences_of_the_state_dicts(pair):
     assert set(weight_norms(models, adapted).layer) == {0, 1, 2}
     with pytest.raises(InputError, match="add tuned_from: MODEL"):
         weight_norms(models, base)
+    spec = models.specs[tuned].model_copy(update={"parent": models.specs[adapted]})
+    with pytest.raises(InputError, match="is an adapter, whose weights are in two parts"):
+        weight_norms(Models([spec], device="cpu"), tuned)
 
 
 def test_the_origin_of_whole_weights_is_the_model_that_the_spec_names(pair):

@@ -4,13 +4,13 @@ The studies are read where they are; a plain clone does not have them, and skips
 The kinds that they stand for are tested with checkpoints of this project in the other files.
 """
 
-from pathlib import Path
+import re
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp_kit.analyses.weights import layer_swap, weight_norms
 from interp_kit.catalogue import find_model, load_scenario
@@ -135,7 +135,7 @@ def test_segments_are_those_of_the_prompt_not_of_the_template(case):
     assert said.strip() == "You are a"
 
 
-def test_the_date_of_a_template_is_fixed(case, monkeypatch):
+def test_the_date_of_a_template_is_fixed(case):
     folder = case("chat_date")
     prompts = encode_scenario(
         inspect_model(find_model("m", data=folder)), load_scenario("tiny", data=folder)
@@ -143,19 +143,12 @@ def test_the_date_of_a_template_is_fixed(case, monkeypatch):
     assert "2025" in prompts[0].text
 
 
-def test_an_adapters_own_template_is_used_and_only_for_it(case, tmp_path):
+def test_an_adapters_own_template_is_used(case):
     folder = case("adapter_chat_template")
     scenario = load_scenario("tiny", data=folder)
-    own = (folder / "models" / "ft" / "adapter" / "chat_template.jinja").is_file()
-    (tmp_path / "models" / "plain").mkdir(parents=True)
-    base = find_model("thebase", data=folder)
-    spec = {"base": base.base, "chat_template": bool(own)}
-    (tmp_path / "models" / "plain" / "model.yaml").write_text(yaml.safe_dump(spec))
     tuned = find_model("ft", data=folder)
     bridge = load_model("ft", data=folder, device="cpu")
     turn = [{"role": "user", "content": scenario.prompts[0].text}]
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(str(tuned.adapter))
     right = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     prompts = encode_scenario(bridge, scenario)
@@ -207,7 +200,7 @@ def test_yaml_that_does_not_say_what_it_seems_to(case, name, line, command):
     code, _, said = command("check", case(name) / "run.yaml", "--data", case(name))
     assert code == 2
     (only,) = said.strip().splitlines()
-    assert __import__("re").search(line, only), only
+    assert re.search(line, only), only
 
 
 def test_pairs_with_a_byte_order_mark_are_read(case, command):
@@ -239,4 +232,4 @@ def test_a_model_folder_with_a_space_is_named(tmp_path, command):
     (tmp_path / "models" / "my model" / "model.yaml").write_text("base: tiny-gemma2\n")
     code, _, said = command("list", "--data", tmp_path)
     assert code == 2
-    assert "my model: a model's folder is its name" in said.replace(str(Path("/")), "/")
+    assert "my model: a model's folder is its name" in said
