@@ -177,8 +177,8 @@ class Models:
         the model and ``base_of`` it differ, layer -1 being the embedding and ``n_layers`` the final
         norm and the unembedding. Of a quantized base, the weight as it is computed with.
 
-        Raises ``InputError`` for a model that was tuned from nothing that the spec names, or from an
-        adapter, and for whole weights that are quantized.
+        Raises ``InputError`` for a model that was tuned from nothing that the spec names, or from
+        an adapter, and for whole weights that are quantized.
         """
         spec = self._spec(name)
         if not spec.tuned:
@@ -196,8 +196,9 @@ class Models:
             )
         if spec.parent and spec.parent.adapter:
             raise InputError(
-                f"model {name!r}: what it was tuned from, {spec.parent.name!r}, is an adapter, whose "
-                "weights are in two parts; merge it into its base, and name that in tuned_from"
+                f"model {name!r}: what it was tuned from, {spec.parent.name!r}, is an adapter, "
+                "whose weights are in two parts; merge it into its base, and name that in "
+                "tuned_from"
             )
         bridge, base = self.switch(name), self.base_of(name)
         self.switch(name)
