@@ -86,8 +86,10 @@ def groups_to_compare(cells: Sequence[Cell], data: str | Path | None) -> Iterato
             yield from (tuple(pair) for pair in given["pairs"])
         elif "model" in given:
             yield given["model"], given.get("other") or find_model(given["model"], data=data).origin
+        elif "others" in given:
+            yield tuple(names(given, "other", "reference"))
         else:
-            yield tuple(names(given, "other", "reference") or names(given, "model"))
+            yield tuple(names(given, "model"))
 
 
 def all_parameters(cell: Cell) -> dict[str, Any]:

@@ -34,14 +34,14 @@ STATED = {  # by the case's own description: decisions of prompts, by plain tran
     "ia3": {},
 }
 REFUSED = {  # case -> (what reads it, the line)
-    "empty": ("load", "has no weights for|none of its|weights"),
-    "defaultkeys": ("load", "has no weights for|does not take"),
-    "origmod": ("load", "has no weights for"),
-    "missinglayer": ("load", "has no weights for"),
-    "nan": ("load", "not finite"),
-    "fp16overflow": ("load", "not finite"),
-    "tokenizer_beyond_model": ("check", "but its embedding has .* rows"),
-    "tokenizer_config_only": ("check", "no tokenizer that can be read|tokenizer"),
+    "empty": ("load", r"has no weights for: .*lora_A"),
+    "defaultkeys": ("load", r"has no weights for: .*lora_A"),
+    "origmod": ("load", r"has no weights for: lm_head\.weight and 29 more"),
+    "missinglayer": ("load", r"has no weights for: model\.layers\.2\..* and 8 more"),
+    "nan": ("load", "down_proj.weight holds values that are not finite"),
+    "fp16overflow": ("load", "logits are not finite"),
+    "tokenizer_beyond_model": ("check", r"the id 519, but its embedding has 512 rows"),
+    "tokenizer_config_only": ("check", "no tokenizer that can be read"),
     "adapter_config_list": ("check", "is not a PEFT adapter config"),
     "prompt_tuning": ("check", "is of the kind PROMPT_TUNING"),
 }

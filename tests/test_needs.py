@@ -65,6 +65,12 @@ TRIGGER = {"trigger": {"text": " kept his", "words": [" one", " two"]}}
             {},
             "model_type is gemma2 and llama; choose models of one architecture",
         ),
+        (
+            {"12_steering": {"subject": PAIR[0], "reference": PAIR[1]}},
+            PAIR,
+            NEUTRAL | {"prompts": TWO},
+            "model_type is gemma2 and llama; choose models of one architecture",
+        ),
         ({"13_behaviour": {}}, PAIR[:1], {}, "compares models, and the run has 1; name two"),
         ({"14_open_ended": {}}, PAIR[:1], {}, "has no neutral texts"),
         (
