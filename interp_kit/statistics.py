@@ -9,6 +9,8 @@ import pandas as pd
 from jaxtyping import Float, Int
 from scipy import stats
 
+FEWEST_PROMPTS = 6  # with which a sign-flip test can reach .05
+
 
 def mean_interval(
     table: pd.DataFrame,
@@ -128,6 +130,55 @@ def effects(
     result["clear"] = (q <= rate) & (abs(mean) > noise_floor)
     keys = wide.index.to_frame(index=False)
     return pd.concat([keys, result], axis=1)
+
+
+def paired_difference(
+    table: pd.DataFrame, other: pd.DataFrame, by: Sequence[str], *, column: str = "value"
+) -> pd.DataFrame:
+    """``table`` with the ``column`` of ``other`` taken away, row by row.
+
+    Rows belong together where the columns ``by`` are the same; raises ``ValueError`` unless every
+    row has just one of the other's.
+    """
+    by = list(by)
+    theirs = other.set_index(by)[column]
+    ours = pd.MultiIndex.from_frame(pd.DataFrame(table[by]))
+    if theirs.index.has_duplicates or set(theirs.index) != set(ours) or ours.has_duplicates:
+        raise ValueError(f"expected both tables to have the same rows by {', '.join(by)}")
+    return table.assign(**{column: table[column].to_numpy() - theirs.reindex(ours).to_numpy()})
+
+
+def against_control(
+    table: pd.DataFrame,
+    control: pd.DataFrame,
+    by: Sequence[str],
+    *,
+    column: str = "value",
+    noise_floor: float = 0.0,
+    rate: float = 0.05,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """``effects`` of the decision, beside what other contrasts show at the same place.
+
+    ``control`` has the columns ``by``, ``prompt``, ``draw`` and ``column``: the same for pairs of
+    tokens that the prompts do not ask for (``controls.likely_pairs``). The column ``control`` is
+    the 1 - ``rate`` quantile over draws of the absolute mean over prompts; ``beyond``, whether the
+    decision's exceeds it; ``clear`` asks for that, for the noise floor, and, where there are
+    ``FEWEST_PROMPTS`` or more, for q <= ``rate``. With fewer no test can say so: about ``rate`` of
+    all places are then beyond the control by chance.
+    """
+    by = list(by)
+    how: dict[str, Any] = {"noise_floor": noise_floor, "rate": rate, "seed": seed}
+    result = effects(table, by, column=column, resamples=resamples, **how)
+    draws = pd.DataFrame(control.groupby([*by, "draw"], sort=False)[[column]].mean()).abs()
+    limits = pd.DataFrame(draws.groupby(level=by, sort=False)[[column]].quantile(1 - rate))
+    limits = limits.rename(columns={column: "control"}).reset_index()
+    result = result.merge(limits, on=by, how="left")
+    result["beyond"] = result.value.abs() > result.control
+    tested = result.clear | (result.n < FEWEST_PROMPTS)
+    result["clear"] = tested & result.beyond & (result.value.abs() > noise_floor)
+    return result
 
 
 def settled(

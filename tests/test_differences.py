@@ -1,5 +1,7 @@
 """Δ: planted directions are found, chance is called chance, the lens is linear where it says so."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from interp_kit.analyses.differences import (
     components_for,
     curve_shape,
+    delta_decision,
     delta_lens,
     delta_norm,
     deltas,
@@ -94,6 +97,17 @@ def test_delta_is_the_difference_of_two_runs(tiny_bridge):
     row = table[(table.prompt == prompt.id) & (table.layer == 1) & (table.condition == "word")]
     assert row.value.item() == pytest.approx(float(expected.norm()), rel=1e-4)
     assert (table[table.condition == "none"].value == 0).all()
+
+
+def test_the_decision_of_whole_answers_changes_as_the_model_says(tiny_bridge):
+    prompts = tiny_prompts(tiny_bridge)  # answers of one and two tokens, of unequal lengths too
+    table = delta_decision(tiny_bridge, prompts, {"a": 7, "b": 9})
+    last = table[table.layer == tiny_bridge.cfg.n_layers - 1]
+    for name, token in (("a", 7), ("b", 9)):
+        followed = [replace(p, tokens=(*p.tokens, token)) for p in prompts]
+        change = decide(tiny_bridge, followed).value - decide(tiny_bridge, prompts).value
+        ours = last[last.condition == name].value.to_numpy()
+        assert ours == pytest.approx(change.to_numpy(), abs=1e-4)
 
 
 def test_the_last_layer_of_the_delta_lens_is_what_the_suffix_does(tiny_bridge):

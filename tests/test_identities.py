@@ -5,19 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 
+from interp_kit.analyses import attribution
 from interp_kit.analyses.activation_patching import activation_patching, identity_patch_error
 from interp_kit.analyses.attribution import (
     attention_share,
+    contrast_attribution,
     direct_logit_attribution,
     head_sum_error,
     layer_attribution,
     option_attribution,
-    pre_cap_decision,
-    random_direction_control,
+    token_attribution,
 )
 from interp_kit.analyses.comparison import bridge_error
-from interp_kit.analyses.lens import logit_lens, random_direction_lens
+from interp_kit.analyses.lens import contrast_lens, logit_lens
 from interp_kit.catalogue import find_model
+from interp_kit.controls import likely_pairs, with_other_answers
 from interp_kit.decisions import decide
 from interp_kit.layer_readout import top_tokens
 from interp_kit.loading import load_model
@@ -41,30 +43,75 @@ def test_the_bridge_computes_what_hugging_face_computes(architecture, tiny_folde
     assert error <= 1e-4
 
 
-def test_attributions_sum_to_the_decision_before_the_cap(tiny_bridge):
-    prompts = tiny_prompts(tiny_bridge)
-    table = direct_logit_attribution(tiny_bridge, prompts)
-    parts = table.groupby("prompt", sort=False).value.sum().to_numpy()
-    whole = pre_cap_decision(tiny_bridge, prompts).value.to_numpy()
-    error = abs(parts - whole).max()
-    print(f"{tiny_bridge.cfg.architecture}: attribution sum {error:.1e} logits")
-    assert error <= 1e-4
+def of_lengths(bridge):
+    """Prompts whose answers have one, two and three tokens, shared first tokens or none."""
+    base = tiny_prompts(bridge)[0]
+    answers = [(" da", " fa"), (" da ka", " fa"), (" da", " fa ka be"), (" da ku lo", " fa ka")]
+    answers += [(" ba da ku", " ba fa ka")]
+    prompts = []
+    for i, pair in enumerate(answers):
+        positive, negative = (
+            tuple(bridge.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in pair
+        )
+        prompts.append(replace(base, id=str(i), positive=positive, negative=negative))
+    return prompts
+
+
+def test_attributions_sum_to_the_decision_for_answers_of_any_length(tiny_bridge):
+    """Against plain log probabilities of the whole answers, not against our own decision."""
+    prompts = of_lengths(tiny_bridge)
+    plain = []
+    for prompt in prompts:
+        for sign, answer in ((1, prompt.positive), (-1, prompt.negative)):
+            logits = tiny_bridge(torch.tensor([prompt.tokens + answer]))[0]
+            log_p = logits.log_softmax(-1)[len(prompt.tokens) - 1 : -1]
+            plain.append(sign * float(log_p[range(len(answer)), list(answer)].sum()))
+    whole = torch.tensor(plain).unflatten(0, (-1, 2)).sum(1).numpy()
+    assert decide(tiny_bridge, prompts).value.to_numpy() == pytest.approx(whole, abs=1e-4)
+    errors = {}
+    for analysis in (direct_logit_attribution, token_attribution, layer_attribution):
+        table = analysis(tiny_bridge, prompts)
+        parts = table.groupby("prompt", sort=False).value.sum().to_numpy()
+        errors[analysis.__name__] = abs(parts - whole).max()
+    print(f"{tiny_bridge.cfg.architecture}: sums against plain log p {errors}")
+    assert max(errors.values()) <= 1e-4
     assert abs(whole).max() > 0.1  # the sum is not trivially zero
 
 
-def test_attention_and_mlps_sum_to_the_decision_before_the_cap(tiny_bridge):
-    prompts = tiny_prompts(tiny_bridge)
+def test_each_token_of_an_answer_has_its_own_part(tiny_bridge):
+    prompt = of_lengths(tiny_bridge)[3]
+    table = token_attribution(tiny_bridge, [prompt])
+    parts = table.groupby(["answer", "token"], sort=False).value.sum()
+    assert [*parts.index] == [("both", 0), ("positive", 1), ("positive", 2), ("negative", 1)]
+    logits = tiny_bridge(torch.tensor([prompt.branch]))[0, -1, list(prompt.branch_ids)]
+    assert parts["both", 0] == pytest.approx(float(logits[0] - logits[1]), abs=1e-4)
+    forced = tiny_bridge(torch.tensor([prompt.branch + prompt.positive[:2]]))[0, -1]
+    log_p = forced.log_softmax(-1)
+    assert parts["positive", 2] == pytest.approx(float(log_p[prompt.positive[2]]), abs=1e-4)
+    rest = table[(table.component == "LOG_NORMALISER") & (table.answer == "positive")]
+    assert rest.value.iloc[-1] == pytest.approx(float((log_p.exp() * log_p).sum()), abs=1e-4)
+    assert (table[table.answer == "both"].query("component == 'LOG_NORMALISER'").value == 0).all()
+
+
+def test_what_raises_all_logits_alike_gets_nothing(tiny_bridge):
+    """Along the mean of the unembedding, a further token's direction has no part but chance."""
+    (asked,) = attribution._batches(tiny_bridge, [of_lengths(tiny_bridge)[0]])
+    assert asked.asked.normaliser.abs().max() == 0
+    prompt = of_lengths(tiny_bridge)[1]
+    *_, further = attribution._batches(tiny_bridge, [prompt])
+    logits = tiny_bridge(torch.tensor([prompt.branch + prompt.positive[:1]]))[0, -1]
+    p = logits.softmax(-1)
+    expected = tiny_bridge.W_U[:, prompt.positive[1]] - tiny_bridge.W_U @ p
+    assert torch.allclose(further.asked.directions[0, 0], expected, atol=1e-4)
+
+
+def test_where_answers_part_the_parts_sum_to_their_logits(tiny_bridge):
+    prompts = [p for p in tiny_prompts(tiny_bridge) if p.one_branch]
     table = layer_attribution(tiny_bridge, prompts)
-    sums = table.groupby("prompt", sort=False)[["to_positive", "to_negative", "value"]].sum()
-    whole = pre_cap_decision(tiny_bridge, prompts).value.to_numpy()
-    error = abs(sums.value.to_numpy() - whole).max()
-    print(f"{tiny_bridge.cfg.architecture}: attention and MLPs {error:.1e} logits")
-    assert error <= 1e-4
-    if tiny_bridge.cfg.output_logits_soft_cap > 0:
-        return  # what the parts of one logit sum to is no output of this model
+    sums = table.groupby("prompt", sort=False)[["to_positive", "to_negative"]].sum()
     for prompt, (_, own) in zip(prompts, sums.iterrows()):
         logits = tiny_bridge(torch.tensor([prompt.branch]))[0, -1, list(prompt.branch_ids)]
-        assert abs(own[["to_positive", "to_negative"]].to_numpy() - logits.numpy()).max() <= 1e-4
+        assert abs(own.to_numpy() - logits.numpy()).max() <= 1e-4
 
 
 def test_attention_writes_what_its_heads_and_bias_write(tiny_bridge):
@@ -109,7 +156,7 @@ def test_shared_passes_give_the_same_numbers_in_one_pass(tiny_bridge, monkeypatc
     )
     with shared_passes():
         together = logit_lens(tiny_bridge, prompts), direct_logit_attribution(tiny_bridge, prompts)
-        pre_cap_decision(tiny_bridge, prompts)
+        contrast_lens(tiny_bridge, prompts, likely_pairs(tiny_bridge, no_counterfactuals(prompts)))
     assert len(runs) == len({len(p.tokens) for p in prompts})
     for ours, theirs in zip(together, apart):
         assert ours.equals(theirs)
@@ -163,14 +210,6 @@ def test_a_batch_that_comes_again_resumes_where_it_is_edited(tiny_bridge):
     assert len(ran) == n_layers
     for handle in handles:
         handle.remove()
-
-
-def test_the_decision_before_the_cap_is_the_decision_where_there_is_none(tiny_bridge):
-    if tiny_bridge.cfg.output_logits_soft_cap > 0:
-        pytest.skip("this architecture has a final soft cap")
-    prompts = [p for p in tiny_prompts(tiny_bridge) if p.one_branch]
-    whole = pre_cap_decision(tiny_bridge, prompts).value.to_numpy()
-    assert abs(whole - decide(tiny_bridge, prompts).value.to_numpy()).max() <= 1e-4
 
 
 def test_heads_sum_to_their_layers_attention_output(tiny_bridge):
@@ -234,16 +273,21 @@ def test_the_whole_stream_at_the_only_difference_carries_the_whole_decision(tiny
     assert first.value.to_numpy() == pytest.approx(first.source.to_numpy(), abs=1e-4)
 
 
-def test_random_directions_are_as_long_as_the_decisions_own(tiny_bridge):
-    """A random direction r of length |w| gives each part o a share of variance |o|^2 |w|^2 / d."""
-    prompts = [tiny_prompts(tiny_bridge)[2]]
-    shares = random_direction_control(tiny_bridge, prompts, n=2000, seed=0)
-    summed = shares.groupby("draw").value.sum()
-    final = tiny_bridge.run_with_cache(torch.tensor([prompts[0].tokens]))[1]["ln_final.hook_out"]
-    positive, negative = prompts[0].branch_ids
-    w = tiny_bridge.W_U[:, positive] - tiny_bridge.W_U[:, negative]
-    expected = float(final[0, -1].norm() * w.norm() / tiny_bridge.cfg.d_model**0.5)
-    assert summed.std() == pytest.approx(expected, rel=0.1)
-    lens = random_direction_lens(tiny_bridge, prompts, n=2000, seed=0)
-    last = lens[lens.layer == lens.layer.max()]
-    assert last.value.std() == pytest.approx(expected, rel=0.1)
+def test_control_contrasts_are_the_decision_of_other_answers(tiny_bridge):
+    prompts = [p for p in tiny_prompts(tiny_bridge) if p.one_branch]
+    pairs = likely_pairs(tiny_bridge, prompts, n=3)
+    others = with_other_answers(prompts, pairs)
+    lens = contrast_lens(tiny_bridge, prompts, pairs)
+    last = lens[lens.layer == lens.layer.max()].set_index(["prompt", "draw"]).value
+    own = decide(tiny_bridge, others).value.to_numpy()
+    keys = [(p.id, draw) for p in prompts for draw in range(3)]
+    assert last.loc[keys].to_numpy() == pytest.approx(own, abs=1e-4)
+    shares = contrast_attribution(tiny_bridge, prompts, pairs)
+    own = direct_logit_attribution(tiny_bridge, others[:1])
+    first = shares[(shares.prompt == prompts[0].id) & (shares.draw == 0)].set_index("component")
+    own = own[~own.kind.isin(["cap", "normaliser"]) & (own.component != "UNEMBED_BIAS")]
+    assert first.value[own.component].to_numpy() == pytest.approx(own.value.to_numpy(), abs=1e-4)
+
+
+def no_counterfactuals(prompts):
+    return [replace(p, counterfactual=None) for p in prompts]

@@ -11,13 +11,13 @@ from interp_kit import Prompt, decide, encode
 from interp_kit.analyses.activation_patching import (
     ablation,
     activation_patching,
-    attribution_patching,
     identity_patch_error,
 )
-from interp_kit.analyses.attribution import direct_logit_attribution, pre_cap_decision
+from interp_kit.analyses.attribution import direct_logit_attribution
+from interp_kit.analyses.attribution_patching import attribution_patching
 from interp_kit.analyses.causal_tracing import causal_trace
-from interp_kit.analyses.lens import logit_lens, random_direction_lens
-from interp_kit.controls import with_random_answers
+from interp_kit.analyses.lens import contrast_lens, logit_lens
+from interp_kit.controls import likely_pairs
 from interp_kit.layer_readout import top_tokens
 from interp_kit.passes import residuals
 from interp_kit.patching.patches import unit_patches
@@ -77,10 +77,11 @@ def test_lens_and_attribution_end_at_the_decision(bridge, prompts):
     assert last == pytest.approx(own, abs=1e-4)
     parts = direct_logit_attribution(bridge, prompts)
     assert parts.groupby("prompt", sort=False).value.sum().to_numpy() == pytest.approx(
-        pre_cap_decision(bridge, prompts).value.to_numpy(), abs=1e-4
+        own, abs=1e-4
     )
     assert ("mlp" in set(parts.kind)) == any(unit.head is None for unit in components(bridge))
-    assert len(random_direction_lens(bridge, prompts, n=4)) == 3 * 4 * (bridge.cfg.n_layers + 1)
+    pairs = likely_pairs(bridge, prompts, n=4)
+    assert len(contrast_lens(bridge, prompts, pairs)) == 3 * 4 * (bridge.cfg.n_layers + 1)
     assert residuals(bridge, prompts).shape == (3, 2, 32)
 
 
@@ -124,7 +125,7 @@ def test_tracing_takes_the_sites_that_are_there(bridge, prompts):
 
 
 def test_controls_need_no_tokenizer_and_words_do(bridge, prompts):
-    assert len(with_random_answers(bridge, prompts, n=2)) == 6
+    assert likely_pairs(bridge, prompts, n=2).shape == (3, 2, 2)
     with pytest.raises(InputError, match="no tokenizer"):
         top_tokens(bridge, prompts)
 

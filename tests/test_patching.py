@@ -15,12 +15,13 @@ from interp_kit import passes as activations
 from interp_kit.analyses.activation_patching import (
     ablation,
     activation_patching,
-    attribution_patching,
+    contrast_patching,
     cross_model_patching,
     transplant_error,
 )
+from interp_kit.analyses.attribution_patching import attribution_patching
 from interp_kit.analyses.causal_tracing import causal_trace
-from interp_kit.controls import with_random_answers
+from interp_kit.controls import likely_pairs, with_other_answers
 from interp_kit.decisions import decide
 from interp_kit.loading import load_model, load_models
 from interp_kit.patching import memory, plan, recording
@@ -504,7 +505,8 @@ def test_both_directions_share_two_recordings(bridge, monkeypatch, analysis):
 
 def test_other_answers_to_the_same_prompts_cost_no_further_pass(bridge, passes):
     prompts = [segmented(bridge)]
-    others = with_random_answers(bridge, prompts, n=2)
+    pairs = likely_pairs(bridge, prompts, n=2)
+    others = with_other_answers(prompts, pairs)
     alone = [activation_patching(bridge, given) for given in (prompts, others)]
     passes.clear()
     with activations.shared_passes():
@@ -517,6 +519,17 @@ def test_other_answers_to_the_same_prompts_cost_no_further_pass(bridge, passes):
     for table, expected in zip(shared, alone):
         pd.testing.assert_frame_equal(table, expected, check_exact=True)
     assert not np.allclose(shared[1].value[: len(shared[0])], shared[0].value)
+    passes.clear()
+    with activations.shared_passes():
+        activation_patching(bridge, prompts)
+        first = len(passes)
+        table = contrast_patching(bridge, prompts, pairs)
+        assert len(passes) == first
+    for draw, other in enumerate(others):
+        own = activation_patching(bridge, [other])
+        ours = table[table.draw == draw].set_index(["direction", "component"]).change
+        theirs = own.set_index(["direction", "component"]).change
+        assert ours[theirs.index].to_numpy() == pytest.approx(theirs.to_numpy(), abs=1e-5)
 
 
 def test_recordings_are_let_go_when_they_are_too_many(bridge, monkeypatch):

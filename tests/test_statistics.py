@@ -1,9 +1,10 @@
-"""Decisions from intervals, and where a curve settles."""
+"""Decisions from intervals and controls, and where a curve settles."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from interp_kit.statistics import settled, verdict
+from interp_kit.statistics import against_control, paired_difference, settled, verdict
 
 NAN = float("nan")
 
@@ -40,3 +41,46 @@ def test_a_curve_settles_where_it_keeps_its_sign_and_size():
             if all(v * curve[-1] > 0 and abs(v) >= 0.3 * abs(curve[-1]) for v in curve[i:])
         )
         assert settled(curve[None], share=0.3)[0] == first
+
+
+def measured(values):
+    """``place prompt value`` of an array [place prompt]."""
+    place, prompt = np.indices(np.shape(values))
+    table = {"place": place.ravel(), "prompt": [f"p{i}" for i in prompt.ravel()]}
+    return pd.DataFrame(table | {"value": np.ravel(values)})
+
+
+def drawn(scales, prompts, *, draws=200, seed=0):
+    """Other contrasts: at each place, of every prompt, with this spread."""
+    rng = np.random.default_rng(seed)
+    tables = [
+        measured(np.outer(scales, np.ones(prompts)) * rng.normal(size=(len(scales), 1)))
+        for _ in range(draws)
+    ]
+    return pd.concat(table.assign(draw=i) for i, table in enumerate(tables))
+
+
+def test_a_place_is_clear_beyond_what_other_contrasts_show_there():
+    """Of four places, as large: small controls; large ones; of changing sign; below the noise."""
+    signs = np.tile([1.0, -1.0], 4)
+    values = np.array([np.full(8, 3.0), np.full(8, 3.0), 3 * signs, np.full(8, 1e-6)])
+    control = drawn([0.5, 5.0, 0.01, 1e-8], 8)
+    result = against_control(measured(values), control, ["place"], noise_floor=1e-5)
+    assert result.clear.tolist() == [True, False, False, False]
+    assert result.beyond.tolist() == [True, False, False, True]
+    assert result.control[0] == pytest.approx(0.5 * 1.96, rel=0.2)
+    few = against_control(measured(values[:, :3]), drawn([0.5, 5.0, 0.01, 1e-8], 3), ["place"])
+    assert few.clear.tolist() == [True, False, True, True]  # no test, and no noise floor given
+    missing = against_control(measured(values), control[control.place != 0], ["place"])
+    assert not missing.clear[0]  # what has no control is never clear
+
+
+def test_differences_are_paired_whatever_the_order():
+    table = measured(np.arange(6.0).reshape(2, 3))
+    other = measured(np.arange(6.0).reshape(2, 3) ** 2).sort_values("prompt")
+    result = paired_difference(table, other, ["place", "prompt"])
+    assert result.value.tolist() == [0, 0, -2, -6, -12, -20]
+    assert list(result.columns) == list(table.columns)
+    for wrong in (pd.DataFrame(other.iloc[1:]), pd.concat([other, other]), other.assign(prompt="q")):
+        with pytest.raises(ValueError, match="the same rows by place, prompt"):
+            paired_difference(table, wrong, ["place", "prompt"])

@@ -84,9 +84,22 @@ def test_generated_text_is_steered_alike_with_and_without_a_cache(tiny_bridge):
         assert row.surprise == pytest.approx(float(own), abs=1e-4)
 
 
+def test_random_directions_vary_as_the_streams_do():
+    """Streams that vary in two coordinates only: so do the directions, in the same proportion."""
+    streams = torch.zeros(400, 32)
+    drawn = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    streams[:, 3], streams[:, 7] = 5 + 3 * drawn[:, 0], drawn[:, 1] - 2
+    directions = random_directions(2000, streams)
+    assert directions.norm(dim=1) == pytest.approx(torch.ones(2000), abs=1e-5)
+    assert directions[:, [i for i in range(32) if i not in (3, 7)]].abs().max() == 0
+    spread = (directions[:, 3] / directions[:, 7]).abs().median()
+    assert float(spread) == pytest.approx(3, rel=0.2)
+
+
 def test_orthogonal_directions_have_nothing_along_it():
     v = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    others = orthogonal_to(random_directions(5, v), v)
+    streams = torch.randn(12, 32, generator=torch.Generator().manual_seed(2))
+    others = orthogonal_to(random_directions(5, streams), v)
     assert (others @ v).abs().max() < 1e-5
     assert others.norm(dim=1) == pytest.approx(torch.ones(5), abs=1e-5)
 

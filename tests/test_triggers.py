@@ -109,8 +109,9 @@ def test_directions_cause_and_prevent_the_stop_on_held_out_prompts(models, stop)
     baseline = residuals(bridge, held)
     out = {"baseline": baseline, "layers": [layer], "suffix": tokens["$STOP"], "end": end}
     assert float(ablate_direction(bridge, held, axis, **out).mean()) < 0.5
-    (random,) = random_directions(1, axis)
-    assert float(ablate_direction(bridge, held, random, **out).mean()) > 0.8
+    random = random_directions(8, residuals(bridge, prompts)[:, layer])
+    spared = [float(ablate_direction(bridge, held, v, **out).mean()) for v in random]
+    assert sum(spared) / len(spared) > 0.8
 
 
 def test_nothing_added_and_nothing_taken_out_change_nothing(models, stop):

@@ -9,22 +9,22 @@ mean. One unit is patched at a time; all of them together take about three forwa
 
 Sources: Meng et al., "Locating and Editing Factual Associations in GPT", arXiv:2202.05262;
 Heimersheim and Nanda, "How to use and interpret activation patching", arXiv:2404.15255; Prakash et
-al., "Fine-Tuning Enhances Existing Mechanisms", arXiv:2402.14811 (across models); Nanda,
-"Attribution patching", 2023, and Syed et al., arXiv:2310.10348 (the gradient estimate).
+al., "Fine-Tuning Enhances Existing Mechanisms", arXiv:2402.14811 (across models).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.controls import likely_pairs, with_first_tokens
 from interp_kit.loading import Models
 from interp_kit.passes import shared_passes
 from interp_kit.patching.experiments import (
@@ -36,19 +36,15 @@ from interp_kit.patching.experiments import (
     cross_model_experiment,
     identity_experiment,
 )
-from interp_kit.patching.patches import EMBEDDING, Patch, Place, Unit, unit_patches
-from interp_kit.patching.positions import (
-    Direction,
-    Positions,
-    aimed,
-    corresponding,
-    first_difference,
-    position_sets,
-)
-from interp_kit.patching.recording import gradients, moved, recorded
+from interp_kit.patching.patches import EMBEDDING, Patch, Unit, unit_patches
+from interp_kit.patching.positions import Direction, Positions, aimed, first_difference
 from interp_kit.patching.scores import Metric
-from interp_kit.patching.table import outcomes, position_column
+from interp_kit.patching.table import finished, located, patch_table, places_of
 from interp_kit.prompts import Prompt, require_prompts
+from interp_kit.specs import InputError
+
+Item = TypeVar("Item")
+PROBED = 8  # layers, and prompts, on which the numerical noise is measured
 
 
 def activation_patching(
@@ -60,12 +56,14 @@ def activation_patching(
     directions: Sequence[Direction] = ("denoise", "noise"),
     metric: Metric = "decision",
     layer: int | None = None,
+    among: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """The decision with one unit patched from the counterfactual prompt, for every unit.
 
     ``unit``: "component" is every head (its ``z``: truly one head under grouped-query attention)
     and every MLP; "head", "mlp_out", "attn_out", "resid_pre", "resid_mid" and "resid_post" are
-    these alone, "neuron" those of one ``layer``. ``positions``: "all" at once; "each" by itself,
+    these alone, "neuron" those of one ``layer``; ``among`` keeps to components of these names, such
+    as a screen chose. ``positions``: "all" at once; "each" by itself,
     from the first in which the prompts differ (before it nothing can change) to the one where the
     answers part, their shared tokens included; "decision", only that one; "segments", the named
     parts of the prompt, each at once. ``metric`` "kl": the divergence in nats of the next-token
@@ -82,15 +80,15 @@ def activation_patching(
     correspond, for a unit, layer or segment that does not exist, and for a prompt that does not fit
     into memory.
     """
-    patches = unit_patches(bridge, unit, layer=layer)
+    patches = _named(unit_patches(bridge, unit, layer=layer), among)
     tables = []
     how: dict[str, Any] = {"metric": metric, "positions": positions}
     with shared_passes():  # both directions need the same two runs
         for direction, prompt in aimed(prompts, directions):
-            experiment = counterfactual_experiment(bridge, prompt, _places(patches), **how)
+            experiment = counterfactual_experiment(bridge, prompt, places_of(patches), **how)
             table = _sweep(experiment, patches, positions, start=first_difference(prompt))
             tables.append(table.assign(direction=direction))
-    return _finished(tables)
+    return finished(tables)
 
 
 def cross_model_patching(
@@ -103,6 +101,7 @@ def cross_model_patching(
     positions: Positions = "all",
     metric: Metric = "decision",
     layer: int | None = None,
+    among: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """The decision of model ``target`` with one unit patched from model ``source``, same prompt.
 
@@ -120,15 +119,106 @@ def cross_model_patching(
     patches = unit_patches(models.switch(target), unit, layer=layer)
     if unit == "component" and layer is None:
         patches = components_between(models, [(source, target)])
+    patches = _named(patches, among)
     tables = []
     name = f"{models.title(source)} -> {models.title(target)}"
     for prompt in tqdm(prompts, desc=name, unit="prompt", leave=False):
         experiment = cross_model_experiment(
-            models, source, target, prompt, _places(patches), metric=metric, positions=positions
+            models, source, target, prompt, places_of(patches), metric=metric, positions=positions
         )
         table = _sweep(experiment, patches, positions)
         tables.append(table.assign(direction=f"{source} -> {target}"))
-    return _finished(tables)
+    return finished(tables)
+
+
+def contrast_patching(
+    bridge: TransformerBridge,
+    prompts: Sequence[Prompt],
+    pairs: Int[Tensor, "prompt pair 2"],
+    *,
+    positions: Positions = "all",
+    directions: Sequence[Direction] = ("denoise", "noise"),
+    among: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """A control: the patches of ``activation_patching``, read for pairs of other tokens.
+
+    ``pairs`` are two tokens each (``controls.likely_pairs``), read where the answers part. Returns
+    ``direction prompt component draw change``, in nats. Inside ``shared_passes`` it costs no pass
+    where ``activation_patching`` ran before with the same options.
+    """
+    patches, tables = _named(unit_patches(bridge, "component"), among), []
+    places = places_of(patches)
+    numbers = {prompt.id: i for i, prompt in enumerate(prompts)}
+    for direction, prompt in aimed(with_first_tokens(prompts), directions):
+        experiment = counterfactual_experiment(bridge, prompt, places, positions=positions)
+        own, start = pairs[numbers[prompt.id]], first_difference(prompt)
+        table = _contrasts(experiment, patches, own, positions, start=start)
+        tables.append(table.assign(direction=direction))
+    return pd.concat(tables, ignore_index=True)
+
+
+def cross_model_contrasts(
+    models: Models,
+    source: str,
+    target: str,
+    prompts: Sequence[Prompt],
+    pairs: Int[Tensor, "prompt pair 2"],
+    *,
+    positions: Positions = "all",
+    among: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """A control: the patches of ``cross_model_patching``, read as in ``contrast_patching``."""
+    patches, tables = _named(components_between(models, [(source, target)]), among), []
+    for prompt, own in zip(with_first_tokens(prompts), pairs):
+        experiment = cross_model_experiment(
+            models, source, target, prompt, places_of(patches), positions=positions
+        )
+        table = _contrasts(experiment, patches, own, positions)
+        tables.append(table.assign(direction=f"{source} -> {target}"))
+    return pd.concat(tables, ignore_index=True)
+
+
+def patching_and_control(
+    bridge: TransformerBridge,
+    prompts: Sequence[Prompt],
+    pairs: Int[Tensor, "prompt pair 2"],
+    **options: Any,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``activation_patching`` and ``contrast_patching`` from the same passes, prompt by prompt.
+
+    ``options``: ``positions``, ``directions`` and ``among`` of both.
+    """
+    both = []
+    for i, prompt in enumerate(tqdm(prompts, desc="patching", unit="prompt", leave=False)):
+        with shared_passes():
+            table = activation_patching(bridge, [prompt], **options)
+            both.append((table, contrast_patching(bridge, [prompt], pairs[i : i + 1], **options)))
+    tables, controls = zip(*both)
+    return pd.concat(tables, ignore_index=True), pd.concat(controls, ignore_index=True)
+
+
+def cross_model_patching_and_control(
+    models: Models,
+    source: str,
+    target: str,
+    prompts: Sequence[Prompt],
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As ``patching_and_control``, across models; ``options``: ``positions`` and ``among``.
+
+    The control's pairs of tokens are ones that are likely in the target, drawn by ``seed``.
+    """
+    pairs, both = likely_pairs(models.switch(target), prompts, seed=seed), []
+    name = f"{models.title(source)} -> {models.title(target)}"
+    for i, prompt in enumerate(tqdm(prompts, desc=name, unit="prompt", leave=False)):
+        given = models, source, target, [prompt]
+        with shared_passes():
+            table = cross_model_patching(*given, **options)
+            both.append((table, cross_model_contrasts(*given, pairs[i : i + 1], **options)))
+    tables, controls = zip(*both)
+    return pd.concat(tables, ignore_index=True), pd.concat(controls, ignore_index=True)
 
 
 def ablation(
@@ -149,50 +239,34 @@ def ablation(
     require_prompts(prompts)
     patches = unit_patches(bridge, unit, layer=layer)
     experiments = ablation_experiments(
-        bridge, prompts, _places(patches), replacement=replacement, metric=metric
+        bridge, prompts, places_of(patches), replacement=replacement, metric=metric
     )
     progress = tqdm(experiments, desc=f"{replacement} ablation", unit="prompt", leave=False)
     tables = [_sweep(experiment, patches, positions) for experiment in progress]
-    return _finished([table.assign(direction=replacement) for table in tables])
+    return finished([table.assign(direction=replacement) for table in tables])
 
 
-def attribution_patching(
-    bridge: TransformerBridge,
-    prompts: Sequence[Prompt],
-    *,
-    unit: Unit = "component",
-    positions: Positions = "all",
-    directions: Sequence[Direction] = ("denoise", "noise"),
-    layer: int | None = None,
-) -> pd.DataFrame:
-    """A first-order estimate of ``activation_patching``: change ~ (source - target) . gradient.
-
-    The gradient of the decision is that of the run that is patched; one backward pass for all
-    units. Columns as in ``activation_patching``. It is a screen, not a measurement: compare it with
-    the exact values before believing it. Prompts whose answers differ in more than their last token
-    are estimated for the first token in which they differ.
-    """
-    patches = unit_patches(bridge, unit, layer=layer)
-    tables = []
-    places = _places(patches)
-    with shared_passes():
-        for direction, prompt in aimed(prompts, directions):
-            experiment = counterfactual_experiment(bridge, prompt, places, positions=positions)
-            located = _located(prompt, patches, positions, first_difference(prompt))
-            changes = _estimates(bridge, prompt, [patch for _, patch in located], positions)
-            table = _table(experiment, located, experiment.baseline + changes)
-            tables.append(table.assign(direction=direction))
-    return _finished(tables)
+def evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> float:
     """Largest change of a decision, in nats, when a prompt is patched into itself: should be 0.
 
-    Every head and MLP, and the residual stream at eight positions in each layer, each on one of the
-    prompts in turn; from the first position in which prompt and counterfactual differ, as patches
-    between the two, but computed in full: this is the noise floor of patching.
+    Every head and MLP, and the residual stream at eight positions, of at most ``PROBED`` layers,
+    each on one of at most as many prompts in turn; from the first position in which prompt and
+    counterfactual differ, as patches between the two, but computed in full: this is the noise floor
+    of patching.
     """
-    heads_and_mlps, stream = unit_patches(bridge, "component"), unit_patches(bridge, "resid_pre")
+    layers = evenly(range(bridge.cfg.n_layers), PROBED)
+    prompts = evenly(prompts, PROBED)
+    heads_and_mlps, stream = (
+        [patch for patch in unit_patches(bridge, unit) if patch.layer in layers]
+        for unit in ("component", "resid_pre")
+    )
     units = [(patch, None) for patch in heads_and_mlps]
     units += [(patch, eighth / 8) for eighth in range(8) for patch in stream]
     worst = 0.0
@@ -203,7 +277,7 @@ def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -
             one = start if at is None else start + int(at * (end - start))
             where = range(start, end) if at is None else [one]
             patch_sets.append(frozenset([replace(patch, positions=tuple(where))]))
-        experiment = identity_experiment(bridge, prompt, _places([*heads_and_mlps, *stream]))
+        experiment = identity_experiment(bridge, prompt, places_of([*heads_and_mlps, *stream]))
         values = experiment.values(patch_sets, start=start)
         worst = max(worst, float((values - values[0]).abs().max()))
     return worst
@@ -225,7 +299,7 @@ def transplant_error(models: Models, source: str, target: str, prompts: Sequence
         components = [EMBEDDING, *whole]
     worst = 0.0
     for prompt in prompts:
-        places = _places([*components, *stream])
+        places = places_of([*components, *stream])
         experiment = cross_model_experiment(models, source, target, prompt, places)
         made, right = experiment.values([frozenset(components), frozenset(stream)])[1:].tolist()
         worst = max(worst, abs(made - (experiment.source_value if shared else right)))
@@ -253,65 +327,50 @@ def attention_patterns(
 
 
 # ------------------------------------------------------------------------------------- internals
-def _places(patches: Sequence[Patch]) -> list[Place]:
-    return list(dict.fromkeys(patch.place for patch in patches))
-
-
-def _located(
-    prompt: Prompt, patches: Sequence[Patch], positions: Positions, start: int
-) -> list[tuple[str, Patch]]:
-    """(segment, patch) for every patch at every position asked for."""
-    where = position_sets(prompt, positions, start=start)
-    return [(name, replace(patch, positions=at)) for patch in patches for name, at in where]
-
-
 def _sweep(
     experiment: Experiment, patches: Sequence[Patch], positions: Positions, *, start: int = 0
 ) -> pd.DataFrame:
-    located = _located(experiment.prompt, patches, positions, start)
-    values = experiment.values([frozenset([patch]) for _, patch in located])[1:]
-    return _table(experiment, located, values.numpy())
+    rows = located(experiment.prompt, patches, positions, start)
+    values = experiment.values([frozenset([patch]) for _, patch in rows])[1:]
+    return patch_table(experiment, rows, values.numpy())
 
 
-def _table(
-    experiment: Experiment, located: Sequence[tuple[str, Patch]], values: np.ndarray
+def _named(patches: Sequence[Patch], among: Sequence[str] | None) -> list[Patch]:
+    if among is None:
+        return list(patches)
+    known = {patch.component: patch for patch in patches}
+    if unknown := [name for name in among if name not in known]:
+        raise InputError(
+            f"unknown component {unknown[0]!r}; expected some of {', '.join([*known][:3])}, ... "
+            f"{[*known][-1]}"
+        )
+    return [patch for name, patch in known.items() if name in set(among)]
+
+
+def _contrasts(
+    experiment: Experiment,
+    patches: Sequence[Patch],
+    pairs: Int[Tensor, "pair 2"],
+    positions: Positions,
+    *,
+    start: int = 0,
 ) -> pd.DataFrame:
-    patches = [patch for _, patch in located]
-    return outcomes(experiment, values).assign(
-        component=[p.component for p in patches],
-        layer=[p.layer for p in patches],
-        head=[-1 if p.head is None else p.head for p in patches],
-        neuron=[-1 if p.neuron is None else p.neuron for p in patches],
-        pos=[position_column(p.positions) for p in patches],
-        segment=[segment for segment, _ in located],
+    """Changes of the logit difference of each pair, from the same passes as the decision's."""
+    rows = located(experiment.prompt, patches, positions, start)
+    (sequence,) = experiment.sequences
+    with sequence.context():
+        logits = sequence.sweep.logits(
+            [frozenset([patch]) for _, patch in rows], ids=tuple(pairs.flatten().tolist())
+        )
+    both = logits[:, -1].unflatten(-1, (-1, 2))
+    values = (both[..., 0] - both[..., 1]).double()
+    row, draw = np.indices((len(rows), len(pairs)))
+    return pd.DataFrame(
+        {
+            "prompt": experiment.prompt.id,
+            "component": [rows[i][1].component for i in row.ravel()],
+            "segment": [rows[i][0] for i in row.ravel()],
+            "draw": draw.ravel(),
+            "change": (values[1:] - values[:1]).flatten().numpy(),
+        }
     )
-
-
-def _finished(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    table = pd.concat(tables, ignore_index=True)
-    table["effect_size"] = (table.change / table.baseline).abs().where(table.baseline != 0, np.nan)
-    columns = ["direction", "prompt", "group", "component", "layer", "head", "neuron", "pos"]
-    columns += ["segment", "baseline", "source", "value", "change", "recovered_fraction"]
-    return table.loc[:, [*columns, "effect_size", "flipped"]]
-
-
-def _estimates(
-    bridge: TransformerBridge, prompt: Prompt, patches: Sequence[Patch], positions: Positions
-) -> Float[np.ndarray, "patch"]:
-    """(source - target) . gradient of the target's decision, summed over what is written."""
-    assert prompt.counterfactual is not None
-    places = _places(patches)
-    here = recorded(bridge, prompt.branch, places)
-    there = recorded(bridge, prompt.counterfactual + prompt.shared, places)
-    at = [*corresponding(prompt, positions), *range(len(prompt.counterfactual), there.length)]
-    slopes = gradients(bridge, prompt.branch, prompt.branch_ids, places)
-    shares: dict[Place, np.ndarray] = {}
-    for place in places:
-        share = (moved(there, here, place, at) - here.activations[place]) * slopes[place]
-        shares[place] = (share if place[0] == "neuron" else share.sum(-1)).cpu().numpy()
-    return np.array([_picked(shares[patch.place], patch).sum() for patch in patches])
-
-
-def _picked(share: np.ndarray, patch: Patch) -> np.ndarray:
-    share = share if patch.unit is None else share[:, patch.unit]
-    return share if patch.positions is None else share[list(patch.positions)]

@@ -1,14 +1,22 @@
 """Direct logit attribution: the decision as a sum over embedding, heads, MLPs and biases.
 
-At the position where the answers part, the residual stream is a sum of terms: the embedding, what
+Where a token of an answer is predicted, the residual stream is a sum of terms: the embedding, what
 every component (head or MLP) wrote, and biases. With the final norm's statistics frozen, norm and
-unembedding are linear, so the pre-cap logit difference is the sum of
+unembedding are linear, so the logit difference of the first tokens in which the answers differ is
 
-    value(c) = N(out_c) . (W_U[:, positive] - W_U[:, negative])
+    sum over terms c of  N(out_c) . (W_U[:, positive] - W_U[:, negative])
 
-over terms c, exactly: nothing is left over. On models that normalise what a block adds
-(Gemma-2's norm after attention), every head goes through that norm too, with its statistics frozen.
-A final soft cap is monotone but not linear, hence *pre-cap*.
+exactly: the normaliser of the softmax is the same for both. On models that normalise what a block
+adds (Gemma-2's norm after attention), every head goes through that norm too, frozen.
+
+An answer's further tokens t are predicted in a context that the other answer does not share:
+
+    log p(t) = sum over terms c of  N(out_c) . (W_U[:, t] - sum over v of p(v) W_U[:, v])  -  H(p)
+
+The direction is the gradient of log p(t) in the stream, so that what raises all logits alike gets
+nothing; H(p), the entropy of the prediction, is what no term of the stream can be given
+(``LOG_NORMALISER``). A final soft cap is not linear either: what it adds to all this is the term
+``SOFT_CAP``. With these two the terms sum to the decision of ``decide``, for any answers.
 
 Sources: Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021); Wang et al.,
 "Interpretability in the Wild", arXiv:2211.00593.
@@ -21,11 +29,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.answer_directions import AnswerToken, Asked, answer_tokens, ask
 from interp_kit.decisions import batches
 from interp_kit.passes import last_names, read_last
 from interp_kit.prompts import Prompt, require_prompts
@@ -39,7 +48,7 @@ class Term:
     """A term of the sum: what a component, the embedding or a bias writes to the stream."""
 
     name: str
-    kind: Literal["embed", "head", "mlp", "bias"]
+    kind: Literal["embed", "head", "mlp", "bias", "cap", "normaliser"]
     layer: int = -1
     head: int = -1
 
@@ -55,80 +64,87 @@ class Term:
         }
 
 
-@torch.no_grad()
 def direct_logit_attribution(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
     """Every term's share of the decision on every prompt.
 
     Returns one row for each prompt and term: ``prompt group component kind layer head value``;
-    ``component`` is the term's name (``embed``, ``L2H3``, ``L2_MLP``, ``L2_ATTN_BIAS``); ``kind``
-    is ``embed``, ``head``, ``mlp`` or ``bias``; ``layer`` and ``head`` are -1 where there is none;
-    ``value`` in logits, positive towards the positive answer. A prompt's values sum to
-    ``pre_cap_decision``.
-
-    Where answers differ in more than one token, this is the first in which they differ.
+    ``component`` is the term's name (``embed``, ``L2H3``, ``L2_MLP``, ``L2_ATTN_BIAS``,
+    ``SOFT_CAP``, ``LOG_NORMALISER``); ``kind`` is ``embed``, ``head``, ``mlp``, ``bias``, ``cap``
+    or ``normaliser``; ``layer`` and ``head`` are -1 where there is none; ``value`` in nats,
+    positive towards the positive answer. A prompt's values sum to the decision.
 
     Raises ``NotImplementedError`` if the parts do not sum to the model's own decision, which means
     an architecture that does more between its parts and its logits than is known here.
     """
-    rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
-    for branch in _branches(bridge, prompts):
-        cache = record_last(bridge, branch.tokens)
-        terms, normed = _terms(bridge, cache)
-        pattern = "prompt term d_model, prompt d_model -> prompt term"
-        shares = einsum(normed, branch.direction, pattern)
-        if branch.bias.any():
-            terms.append(Term(name="UNEMBED_BIAS", kind="bias"))
-            shares = torch.cat([shares, branch.bias[:, :1] - branch.bias[:, 1:]], 1)
-        _require_sum(shares.sum(1), _measured(cache, branch))
-        for i, own in zip(branch.index, shares.tolist()):
-            rows[i] = [term.row(prompts[i]) | {"value": v} for term, v in zip(terms, own)]
-    return pd.DataFrame([row for own in rows for row in own])
+    by_token = token_attribution(bridge, prompts)
+    keys = ["prompt", "group", "component", "kind", "layer", "head"]
+    return by_token.groupby(keys, sort=False, as_index=False).value.sum()
+
+
+@torch.no_grad()
+def token_attribution(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """``direct_logit_attribution`` token by token: what each term adds to each one's part.
+
+    With the columns ``answer``, "both" where the answers part and else the answer whose further
+    token it is, and ``token``, counted from where they part (0). The terms of a token sum to its
+    part of the decision: the difference of both log probabilities where the answers part; log p of
+    the positive answer's further tokens; minus that of the negative one's.
+    """
+    rows: dict[AnswerToken, list[dict[str, Any]]] = {}
+    for batch in _batches(bridge, prompts):
+        terms, normed = _terms(bridge, batch.cache)
+        values = -_shares(batch, normed).diff(dim=-1)[..., 0]
+        for at, own in zip(batch.tokens, values.tolist()):
+            which = {"answer": at.answer, "token": at.token}
+            rows[at] = [
+                term.row(prompts[at.prompt]) | which | {"value": value}
+                for term, value in zip([*terms, *batch.rest_terms], own)
+            ]
+    return pd.DataFrame([row for token in answer_tokens(prompts) for row in rows[token]])
 
 
 @torch.no_grad()
 def layer_attribution(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
-    """Attention against MLP: what each layer's two parts write to the logit of each answer.
+    """Attention against MLP: what each layer's two parts write to each answer.
 
     Returns one row for each prompt and part: ``prompt group layer kind to_positive to_negative
-    value``; ``kind`` is ``embed``, ``attn`` (all heads and their bias), ``mlp`` (all experts) or
-    ``bias``; ``to_positive`` and ``to_negative`` are shares of the answers' logits before any cap,
-    ``value`` their difference, the decision differential. All three sum to what the model computes.
-    A share of *one* logit holds whatever raises all logits alike; only ``value`` is free of that.
+    value``; ``kind`` is ``embed``, ``attn`` (all heads and their bias), ``mlp`` (all experts),
+    ``bias``, ``cap`` or ``normaliser``. ``to_positive`` and ``to_negative`` are shares of the
+    answers' logits where they part and of the log probabilities of their further tokens; ``value``
+    is their difference, and sums to the decision. A share of *one* logit holds whatever raises all
+    logits alike; only ``value`` is free of that.
     """
-    rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
-    for branch in _branches(bridge, prompts):
-        cache = record_last(bridge, branch.tokens)
+    totals: list[dict[tuple[str, int], np.ndarray]] = [{} for _ in prompts]
+    for batch in _batches(bridge, prompts):
         parts: list[tuple[str, int]] = [("embed", -1)]
-        outputs = [cache["blocks.0.hook_resid_pre"].float()]
+        outputs = [batch.cache["blocks.0.hook_resid_pre"].float()]
         for layer in range(bridge.cfg.n_layers):
-            parts += [("attn", layer), ("mlp", layer)]
-            outputs += [
-                cache[f"blocks.{layer}.hook_{kind}_out"].float() for kind in ("attn", "mlp")
-            ]
-        normed, norm_bias = _through_final_norm(bridge, cache, torch.stack(outputs, 1))
-        pattern = "prompt part d_model, prompt answer d_model -> prompt part answer"
-        shares = einsum(normed, branch.unembed, pattern)
-        bias = branch.bias + einsum(
-            norm_bias, branch.unembed, "d, prompt answer d -> prompt answer"
-        )
-        if bias.any():
+            for kind in ("attn", "mlp"):
+                if (name := f"blocks.{layer}.hook_{kind}_out") in batch.cache:
+                    parts.append((kind, layer))
+                    outputs.append(batch.cache[name].float())
+        normed, norm_bias = _through_final_norm(bridge, batch.cache, torch.stack(outputs, 1))
+        if norm_bias.any():
             parts.append(("bias", -1))
-            shares = torch.cat([shares, bias[:, None]], 1)
-        _require_sum(shares.sum(1).diff(dim=-1)[:, 0].neg(), _measured(cache, branch))
-        for i, own in zip(branch.index, shares.tolist()):
-            rows[i] = [
-                {
-                    "prompt": prompts[i].id,
-                    "group": prompts[i].group,
-                    "layer": layer,
-                    "kind": kind,
-                    "to_positive": positive,
-                    "to_negative": negative,
-                    "value": positive - negative,
-                }
-                for (kind, layer), (positive, negative) in zip(parts, own)
-            ]
-    return pd.DataFrame([row for own in rows for row in own])
+            normed = torch.cat([normed, norm_bias.expand_as(normed[:, :1])], 1)
+        parts += [(term.kind, -1) for term in batch.rest_terms]
+        shares = _shares(batch, normed).double().cpu().numpy()
+        for at, own in zip(batch.tokens, shares):
+            for part, share in zip(parts, own):
+                totals[at.prompt][part] = totals[at.prompt].get(part, 0) + share
+    return pd.DataFrame(
+        {
+            "prompt": prompt.id,
+            "group": prompt.group,
+            "layer": layer,
+            "kind": kind,
+            "to_positive": float(share[0]),
+            "to_negative": float(share[1]),
+            "value": float(share[0] - share[1]),
+        }
+        for prompt, own in zip(prompts, totals)
+        for (kind, layer), share in own.items()
+    )
 
 
 def attention_share(layers: pd.DataFrame) -> pd.DataFrame:
@@ -171,53 +187,36 @@ def option_attribution(
 
 
 @torch.no_grad()
-def random_direction_control(
-    bridge: TransformerBridge, prompts: Sequence[Prompt], *, n: int = 64, seed: int = 0
+def contrast_attribution(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], pairs: Int[Tensor, "prompt pair 2"]
 ) -> pd.DataFrame:
-    """The shares of ``n`` random directions, each of the norm of the decision's own direction.
+    """Every term's share of other contrasts, where the answers part: a control.
 
-    What a term writes along an arbitrary direction of that length: a share of the decision
-    that is no larger is chance alignment. Returns ``prompt group component kind layer head draw
-    value``, in logits.
+    ``pairs`` are two tokens each (``controls.likely_pairs``), the positive one first. Returns
+    ``prompt group component kind layer head draw value``, in logits before any cap.
     """
-    generator = torch.Generator().manual_seed(seed)
     tables = []
-    for branch in _branches(bridge, prompts):
-        terms, normed = _terms(bridge, record_last(bridge, branch.tokens))
-        random = torch.randn(bridge.cfg.d_model, n, generator=generator).to(normed.device)
-        random = random / random.norm(dim=0) * branch.direction.norm(dim=1)[:, None, None]
-        pattern = "prompt term d_model, prompt d_model draw -> prompt term draw"
-        shares = einsum(normed, random, pattern)
-        rows = [term.row(prompts[i]) for i in branch.index for term in terms]
+    firsts = [p.branch for p in prompts]
+    for index in batches([(len(row), None) for row in firsts]):
+        tokens = torch.tensor([firsts[i] for i in index])
+        terms, normed = _terms(bridge, record_last(bridge, tokens))
+        both = bridge.W_U[:, pairs[index].to(bridge.W_U.device)].float()
+        pattern = "prompt term d_model, d_model prompt draw -> prompt term draw"
+        shares = einsum(normed, both[..., 0] - both[..., 1], pattern)
+        rows = [term.row(prompts[i]) for i in index for term in terms]
+        n = pairs.shape[1]
         table = pd.DataFrame(rows).loc[np.repeat(range(len(rows)), n)]
         draws = np.tile(range(n), len(rows))
         tables.append(table.assign(draw=draws, value=shares.flatten().cpu().double().numpy()))
     return pd.concat(tables, ignore_index=True)
 
 
-@torch.no_grad()
-def pre_cap_decision(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
-    """What the attributions sum to: the logit difference where the answers part, before any cap.
-
-    Returns ``prompt group value``, in logits, from the model's own forward pass.
-    """
-    values = torch.zeros(len(prompts))
-    for branch in _branches(bridge, prompts):
-        values[branch.index] = _measured(record_last(bridge, branch.tokens), branch).cpu()
-    return pd.DataFrame(
-        {
-            "prompt": [p.id for p in prompts],
-            "group": [p.group for p in prompts],
-            "value": values.tolist(),
-        }
-    )
-
-
 def head_sum_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> float:
     """Largest difference, in any coordinate, between attention outputs and sums of heads."""
-    worst = 0.0
-    for branch in _branches(bridge, prompts):
-        cache = record_last(bridge, branch.tokens)
+    require_prompts(prompts)
+    worst, firsts = 0.0, [p.branch for p in prompts]
+    for index in batches([(len(row), None) for row in firsts]):
+        cache = record_last(bridge, torch.tensor([firsts[i] for i in index]))
         for layer in range(bridge.cfg.n_layers):
             parts = head_outputs(bridge, layer, cache).sum(1) + attention_bias(bridge, layer, cache)
             whole = cache[f"blocks.{layer}.hook_attn_out"]
@@ -256,40 +255,45 @@ def attention_bias(
 
 # ------------------------------------------------------------------------------------- internals
 @dataclass(frozen=True, kw_only=True)
-class _Branch:
-    """Prompts of one length up to where their answers part, and the question asked there."""
+class _Batch:
+    """Tokens to predict after contexts of one length, and what is asked of the stream there."""
 
-    index: list[int]
-    tokens: Int[Tensor, "prompt pos"]
-    ids: Int[Tensor, "prompt 2"]  # of the positive and of the negative answer
-    unembed: Float[Tensor, "prompt 2 d_model"]  # W_U[:, positive], W_U[:, negative]
-    bias: Float[Tensor, "prompt 2"]  # b_U of both
-
-    @property
-    def direction(self) -> Float[Tensor, "prompt d_model"]:
-        """W_U[:, positive] - W_U[:, negative]."""
-        return self.unembed[:, 0] - self.unembed[:, 1]
+    tokens: list[AnswerToken]
+    cache: Cache
+    asked: Asked
+    rest_terms: list[Term]  # what is no term of the stream
+    rest: Float[Tensor, "row rest 2"]
 
 
-def _branches(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Iterator[_Branch]:
-    require_prompts(prompts)
-    W_U, b_U = bridge.W_U, bridge.b_U
-    for index in batches([(len(p.branch), None) for p in prompts]):
-        ids = torch.tensor([prompts[i].branch_ids for i in index], device=W_U.device)
-        yield _Branch(
-            index=index,
-            tokens=torch.tensor([prompts[i].branch for i in index]),
-            ids=ids,
-            unembed=rearrange(
-                W_U[:, ids].float(), "d_model prompt answer -> prompt answer d_model"
-            ),
-            bias=b_U[ids].float(),
+def _batches(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Iterator[_Batch]:
+    tokens = answer_tokens(prompts)
+    kinds: list[tuple[Term, str]] = []  # the same for all prompts, so that tables have no gaps
+    if bridge.b_U.any():
+        kinds.append((Term(name="UNEMBED_BIAS", kind="bias"), "bias"))
+    if (getattr(bridge.cfg, "output_logits_soft_cap", None) or -1.0) > 0:
+        kinds.append((Term(name="SOFT_CAP", kind="cap"), "cap"))
+    if any(token.answer != "both" for token in tokens):
+        kinds.append((Term(name="LOG_NORMALISER", kind="normaliser"), "normaliser"))
+    for index in batches([(len(token.before), token.answer == "both") for token in tokens]):
+        own = [tokens[i] for i in index]
+        cache = record_last(bridge, torch.tensor([token.before for token in own]))
+        asked = ask(bridge, cache["unembed.hook_out"].float(), own)
+        rest = [getattr(asked, name) for _, name in kinds]
+        yield _Batch(
+            tokens=own,
+            cache=cache,
+            asked=asked,
+            rest_terms=[term for term, _ in kinds],
+            rest=torch.stack(rest, 1) if rest else asked.bias[:, None][:, :0],
         )
 
 
-def _measured(cache: Cache, branch: _Branch) -> Float[Tensor, "prompt"]:
-    both = cache["unembed.hook_out"].float().gather(-1, branch.ids)
-    return both[:, 0] - both[:, 1]
+def _shares(batch: _Batch, normed: Float[Tensor, "row part d_model"]) -> Float[Tensor, "row all 2"]:
+    """What every part of the stream, and then the rest, adds to each answer."""
+    pattern = "row part d_model, row answer d_model -> row part answer"
+    shares = torch.cat([einsum(normed, batch.asked.directions, pattern), batch.rest], 1)
+    _require_sum(-shares.sum(1).diff(dim=-1)[:, 0], -batch.asked.log_p.diff(dim=-1)[:, 0])
+    return shares
 
 
 def _terms(

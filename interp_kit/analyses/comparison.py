@@ -18,7 +18,7 @@ from interp_kit.specs import InputError, Scenario
 from interp_kit.statistics import settled
 
 Analysis = Callable[[TransformerBridge, Sequence[Prompt]], pd.DataFrame]
-PairAnalysis = Callable[[Models, str, str, Sequence[Prompt]], pd.DataFrame]
+PairAnalysis = Callable[[Models, str, str, Sequence[Prompt]], Sequence[pd.DataFrame]]
 
 
 def across(
@@ -50,25 +50,33 @@ def across_pairs(
     pairs: Sequence[Sequence[str]],
     scenarios: Sequence[Scenario],
     analysis: PairAnalysis,
-) -> pd.DataFrame:
-    """``analysis(models, source, target, prompts)`` for every pair and scenario, in one table.
+) -> tuple[pd.DataFrame, ...]:
+    """``analysis(models, source, target, prompts)`` for every pair and scenario.
 
-    Adds the columns ``experiment`` ("source -> target", by title) and ``scenario``; prompts are
-    renamed ``scenario/prompt``. Raises ``InputError`` for a pair that is not two loaded models.
+    The analysis gives one or several tables; as many are returned. Adds the columns ``experiment``
+    ("source -> target", by title) and ``scenario``; prompts are renamed ``scenario/prompt``, so
+    that they stay apart. Raises ``InputError`` for a pair that is not two loaded models.
     """
     for pair in pairs:
         if len(pair) != 2:
             raise InputError(f"expected pairs [source, target], got {list(pair)}")
         models.require_comparable(*pair)
-    tables = []
+    tables: list[list[pd.DataFrame]] = []
     everything = list(product(pairs, scenarios))
     for (source, target), scenario in tqdm(everything, desc="pairs", unit="cell", leave=False):
         prompts = encode_scenario(models.switch(target), scenario)
-        table = analysis(models, source, target, prompts)
         name = f"{models.title(source)} -> {models.title(target)}"
-        table = table.assign(experiment=name, scenario=scenario.name)
-        tables.append(table.assign(prompt=scenario.name + "/" + table.prompt))
-    return pd.concat(tables, ignore_index=True)
+        tables.append(
+            [
+                table.assign(
+                    experiment=name,
+                    scenario=scenario.name,
+                    prompt=scenario.name + "/" + table.prompt,
+                )
+                for table in analysis(models, source, target, prompts)
+            ]
+        )
+    return tuple(pd.concat(own, ignore_index=True) for own in zip(*tables))
 
 
 def training_steps(names: Sequence[str]) -> list[int]:

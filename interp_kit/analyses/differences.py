@@ -10,6 +10,7 @@ differences of base and fine-tune); nostalgebraist, "interpreting GPT: the logit
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.layer_readout import answers_by_layer, layer_table
 from interp_kit.passes import Residuals, residuals
 from interp_kit.prompts import Prompt
 from interp_kit.readout import final_norm, norm_scale, soft_cap, through_frozen_norm
@@ -209,6 +211,28 @@ def lens_table(
         for i, prompt in enumerate(prompts)
         for layer in range(logits.shape[1])
     )
+
+
+def delta_decision(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], suffixes: Mapping[str, int]
+) -> pd.DataFrame:
+    """What each suffix token adds to the decision, as every layer has it: whole answers, in nats.
+
+    The logit lens on prompt + suffix less that on the prompt, for answers of any number of tokens.
+    The last layer is what the suffix does to the model's own decision. Returns ``condition prompt
+    layer value``; layer -1 is the embedding.
+    """
+
+    def decision(asked: Sequence[Prompt]) -> Float[Tensor, "prompt layer"]:
+        log_p = answers_by_layer(bridge, asked)
+        return log_p["positive"] - log_p["negative"]
+
+    without, tables = decision(prompts), []
+    for name, token in suffixes.items():
+        followed = [replace(p, tokens=(*p.tokens, token), counterfactual=None) for p in prompts]
+        table = layer_table(prompts, decision(followed) - without)
+        tables.append(table.drop(columns="group").assign(condition=name))
+    return pd.concat(tables, ignore_index=True)
 
 
 def grade(measured: pd.DataFrame, *, of: str, controls: Sequence[str]) -> pd.DataFrame:

@@ -9,14 +9,18 @@ Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.decisions import batches
 from interp_kit.layer_readout import EMBEDDING, answers_by_layer, layer_table
 from interp_kit.passes import residual_stream
 from interp_kit.prompts import Prompt
-from interp_kit.readout import final_norm
+from interp_kit.readout import final_norm, unembed
 from interp_kit.statistics import settled
 
 
@@ -32,36 +36,27 @@ def logit_lens(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataF
 
 
 @torch.no_grad()
-def random_direction_lens(
-    bridge: TransformerBridge, prompts: Sequence[Prompt], *, n: int = 64, seed: int = 0
+def contrast_lens(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], pairs: Int[Tensor, "prompt pair 2"]
 ) -> pd.DataFrame:
-    """A control: the lens along ``n`` random directions of the norm of the decision's own.
+    """A control: the lens on other contrasts, where the answers part.
 
-    Where the answers part, the decision before any cap is norm(h) . (W_U[:, +] - W_U[:, -]); here
-    that difference is replaced by random vectors of its length. Returns ``prompt group layer draw
-    value``, in logits: what a layer gives by chance.
+    ``pairs`` are two tokens each (``controls.likely_pairs``), the positive one first. Returns
+    ``prompt group layer draw value``; ``value`` is the difference of the two tokens' logits as read
+    after each layer, soft cap included, which is that of their log probabilities.
     """
-    generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(bridge.cfg.d_model, n, generator=generator).to(bridge.cfg.device)
-    random = random / random.norm(dim=0)
     tables = []
-    for prompt in prompts:
-        resid = residual_stream(bridge, torch.tensor([prompt.branch]), 1)[:, 0]
-        positive, negative = prompt.branch_ids
-        norm = (bridge.W_U[:, positive].float() - bridge.W_U[:, negative].float()).norm()
-        values = final_norm(bridge, resid)[:, 0].float() @ (random * norm)
-        tables += [
-            pd.DataFrame(
-                {
-                    "prompt": prompt.id,
-                    "group": prompt.group,
-                    "layer": layer,
-                    "draw": range(n),
-                    "value": values[layer + 1].tolist(),
-                }
-            )
-            for layer in range(EMBEDDING, bridge.cfg.n_layers)
-        ]
+    for index in batches([(len(p.branch), None) for p in prompts]):
+        tokens = torch.tensor([prompts[i].branch for i in index])
+        normed = final_norm(bridge, residual_stream(bridge, tokens, 1)[:, :, 0])
+        for row, i in enumerate(index):
+            ids = pairs[i].flatten().tolist()
+            both = unembed(bridge, normed[:, row], ids).unflatten(-1, (-1, 2)).cpu()
+            values = both[..., 0] - both[..., 1]
+            layer, draw = np.indices(values.shape)
+            own = {"layer": layer.ravel() + EMBEDDING, "draw": draw.ravel()}
+            own |= {"prompt": prompts[i].id, "group": prompts[i].group}
+            tables.append(pd.DataFrame(own | {"value": values.double().flatten().numpy()}))
     return pd.concat(tables, ignore_index=True)
 
 

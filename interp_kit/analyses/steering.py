@@ -37,10 +37,17 @@ from interp_kit.prompts import Prompt, special_token
 Directions = Float[Tensor, "layer d_model"]  # one for each layer
 
 
-def random_directions(n: int, like: Direction, *, seed: int = 0) -> Float[Tensor, "n d_model"]:
-    """``n`` isotropic unit vectors."""
+def random_directions(
+    n: int, streams: Float[Tensor, "row d_model"], *, seed: int = 0
+) -> Float[Tensor, "n d_model"]:
+    """``n`` unit vectors with the covariance of ``streams``: random sums of their deviations.
+
+    A trained model's stream varies along few directions, and answers to these; isotropic vectors
+    hardly have a part in them, and are too weak a control (``benchmarks.controls``).
+    """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(n, len(like), generator=generator)
+    centred = streams.float() - streams.float().mean(0)
+    drawn = torch.randn(n, len(centred), generator=generator) @ centred
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 

@@ -8,7 +8,7 @@ patching asks for one patch at a time, causal tracing for windows of layers, cir
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -29,7 +29,7 @@ from interp_kit.patching.patches import (
     Place,
     unit_patches,
 )
-from interp_kit.patching.positions import Positions, corresponding, named_segment
+from interp_kit.patching.positions import Positions, corresponding, named_segment, position_sets
 from interp_kit.patching.recording import Recording, SourceValues, moved, record, recorded
 from interp_kit.patching.scores import Metric, Score, read_sequences, score_of
 from interp_kit.patching.sweep import Sweep
@@ -75,7 +75,8 @@ class Experiment:
     ``baseline`` and ``source_value`` are the values of the unpatched target run and of the source
     run (NaN if there is none). The metric "decision" is in nats, positive for the answer that the
     scenario names positive; "kl" is the divergence in nats of the next-token distribution where
-    the answers part from that of the unpatched run. Either is a sum over ``sequences``.
+    the answers part from that of the unpatched run. Either is a sum over ``sequences``. ``where``
+    are the positions at which a patch is written that names none itself, ``None`` all.
     """
 
     prompt: Prompt
@@ -83,6 +84,7 @@ class Experiment:
     baseline: float
     source_value: float
     sequences: tuple[PatchedSequence, ...]
+    where: tuple[int, ...] | None = None
 
     def values(
         self,
@@ -97,6 +99,8 @@ class Experiment:
         patches to start, and many sets that are nearly equal to it cost less. ``start`` computes
         every set from that position on, even where nothing can change.
         """
+        if self.where is not None:
+            base, *patch_sets = (_placed(patches, self.where) for patches in (base, *patch_sets))
         parts = [s.values(patch_sets, base=base, start=start) for s in self.sequences]
         return torch.stack(parts).sum(0)
 
@@ -126,8 +130,10 @@ def counterfactual_experiment(
         target_run = recorded(bridge, sequence.tokens, places, read=sequence.read)
         source_run = recorded(bridge, other + forced, places, read=sequence.read)
         at = [*index, *range(len(other), len(other) + len(forced))]
+        ours, theirs = target_run.activations, source_run.activations
         source = SourceValues(
-            values={place: moved(source_run, target_run, place, at) for place in places}
+            values={place: moved(theirs[place], ours[place], at) for place in places},
+            entering=moved(source_run.stream[0], target_run.stream[0], at),
         )
         key = bridge, sequence.tokens, other + forced, tuple(at), sequence.read
         sequences.append(_patched(bridge, sequence, target_run, source, key=key))
@@ -154,6 +160,9 @@ def cross_model_experiment(
     head, and in the final norm and the unembedding: these read the target's stream, and are its
     own.
 
+    A patch that names no positions is written at all of those that ``positions`` means: where the
+    answers part, or in every named segment.
+
     Raises ``InputError`` unless the two are of one architecture and vocabulary.
     """
     models.require_comparable(source, target)
@@ -162,21 +171,26 @@ def cross_model_experiment(
     source_runs, written_there = [], []
     for sequence in asked:
         check_memory(bridge, length=len(sequence.tokens))
-        source_runs.append(record(bridge, sequence.tokens, places, read=sequence.read))
+        source_runs.append(recorded(bridge, sequence.tokens, places, read=sequence.read))
         written_there.append(
             _written_by_heads(bridge, source_runs[-1], _tail(prompt, sequence, positions))
         )
     bridge = models.switch(target)
     sequences = []
     for sequence, source_run, written in zip(asked, source_runs, written_there):
-        target_run = record(bridge, sequence.tokens, places, read=sequence.read)
+        target_run = recorded(bridge, sequence.tokens, places, read=sequence.read)
         here = _written_by_heads(bridge, source_run, _tail(prompt, sequence, positions))
         shift = {layer: written[layer] - here[layer] for layer in written}
         shift = {layer: value for layer, value in shift.items() if bool(value.any())}
         values = SourceValues(values=source_run.activations, head_shift=shift)
         context = partial(_computing_as, models, target)
-        sequences.append(_patched(bridge, sequence, target_run, values, context=context))
-    return _experiment(prompt, metric, sequences, source_runs)
+        key = "from", source, sequence.tokens, positions, sequence.read
+        sequences.append(_patched(bridge, sequence, target_run, values, key=key, context=context))
+    experiment = _experiment(prompt, metric, sequences, source_runs)
+    if positions not in ("decision", "segments"):
+        return experiment
+    at = {pos for _, own in position_sets(prompt, positions) for pos in own or ()}
+    return replace(experiment, where=tuple(sorted(at)))
 
 
 def components_between(models: Models, pairs: Iterable[Sequence[str]]) -> list[Patch]:
@@ -290,6 +304,10 @@ def identity_experiment(
 
 
 # ------------------------------------------------------------------------------------- internals
+def _placed(patches: PatchSet, where: tuple[int, ...]) -> PatchSet:
+    return frozenset(p if p.positions else replace(p, positions=where) for p in patches)
+
+
 def _patched(
     bridge: TransformerBridge,
     sequence: AnswerSequence,

@@ -16,6 +16,7 @@ from interp_kit.specs import InputError
 
 Positions = Literal["all", "each", "decision", "segments"]
 Direction = Literal["denoise", "noise"]
+MODES = ("decision", "segments", "all", "screened")  # of the notebooks
 
 
 def aimed(
@@ -36,6 +37,36 @@ def comparable_positions(prompts: Sequence[Prompt]) -> Positions:
     """ "all" where every prompt is as long as its counterfactual, else "decision"."""
     aligned = all(len(p.tokens) == len(p.counterfactual or ()) for p in prompts)
     return "all" if aligned else "decision"
+
+
+def aligned(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts whose counterfactual corresponds to them position by position."""
+    return [p for p in prompts if p.counterfactual and len(p.tokens) == len(p.counterfactual)]
+
+
+def check_positions(
+    prompts: Sequence[Prompt], positions: str, *, across_models: bool = False
+) -> None:
+    """Raise ``InputError`` for a mode that a notebook does not have, or that prompts cannot have.
+
+    Modes are "decision", "segments", "all" and "screened" (all positions at once, for components
+    that a screen chooses). Across models every prompt corresponds to itself.
+    """
+    if positions not in MODES:
+        raise InputError(f"unknown positions {positions!r}; expected one of {', '.join(MODES)}")
+    lacking, what = [], ""
+    if positions == "segments":
+        lacking, what = [p.id for p in prompts if not p.segments], "segments"
+    elif positions != "decision" and not across_models:
+        whole = aligned(prompts)
+        lacking = [p.id for p in prompts if p not in whole]
+        what = "a counterfactual of the same number of tokens"
+    if lacking:
+        others = "decision" if positions == "segments" else "decision or segments"
+        raise InputError(
+            f'positions "{positions}" need {what}, which {len(lacking)} of {len(prompts)} prompts '
+            f"lack, first {lacking[0]!r}; add them to the scenario, or choose {others}"
+        )
 
 
 def first_difference(prompt: Prompt) -> int:

@@ -7,6 +7,7 @@ that activations are copied from; ``SourceValues`` holds them at the target's po
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -64,11 +65,13 @@ class SourceValues:
 
     ``head_shift``, by layer, [tail head d_model] at the last positions: what each head's output
     gains beyond its ``z`` where source and target differ in the output projection too, as
-    fine-tunes do. Before these positions, and in other layers, nothing.
+    fine-tunes do. Before these positions, and in other layers, nothing. ``entering`` is what enters
+    the first block of the source's run, where that is another prompt's.
     """
 
     values: Mapping[Place, Tensor]
     head_shift: Mapping[int, Float[Tensor, "tail head d_model"]] = field(default_factory=dict)
+    entering: Float[Tensor, "pos d_model"] | None = None
 
 
 @torch.no_grad()
@@ -128,48 +131,54 @@ def recorded(
     )
 
 
-def moved(
-    source_run: Recording, target_run: Recording, place: Place, index: Sequence[int]
-) -> Tensor:
-    """The source's activations at the target's positions; the target's own where none is."""
+def moved(source: Tensor, target: Tensor, index: Sequence[int]) -> Tensor:
+    """The source's values at the target's positions; the target's own where none is."""
     at = torch.tensor(list(index))
-    values = source_run.activations[place][at.clamp(min=0)]
-    values[at < 0] = target_run.activations[place][at < 0]
+    values = source[at.clamp(min=0)]
+    values[at < 0] = target[at < 0]
     return values
 
 
 @torch.enable_grad()
 def gradients(
     bridge: TransformerBridge,
-    tokens: Sequence[int],
-    ids: tuple[int, int],
+    run: Recording,
+    score: Callable[[Float[Tensor, "1 read vocab"]], Float[Tensor, "1"]],
     places: Sequence[Place],
-) -> dict[Place, Tensor]:
-    """d(logit of ids[0] - logit of ids[1] at the last position) / d(activation), by place.
+    *,
+    entering: Float[Tensor, "pos d_model"],
+    start: int = 0,
+) -> dict[str, Tensor]:
+    """d score / d activation by hook name, [suffix ...], from position ``start`` on.
 
-    One forward and one backward pass; shapes as in ``Recording``.
+    ``entering`` goes into the first block: the run's own, or something between it and another
+    run's. What lies before ``start`` is taken from ``run``. One forward and one backward pass. For
+    "z" there is also the gradient of what the output projection gives,
+    ``blocks.L.attn.o.hook_out``.
     """
-    kept: dict[Place, Tensor] = {}
+    kept: dict[str, Tensor] = {}
 
-    def keep(place: Place) -> Callable[..., Tensor]:
+    def keep(name: str) -> Callable[..., Tensor]:
         def hook_function(x: Tensor, hook: object) -> Tensor:
-            kept[place] = x
+            kept[name] = x
             return x  # what is returned is what the model goes on with: z may be a reshaped view
 
         return hook_function
 
-    # The stream between attention and MLP moves as far as attention's output does.
-    named = {p: HOOKS["attn_out" if p[0] == "resid_mid" else p[0]].format(p[1]) for p in places}
-    hooks: Hooks = [("blocks.0.hook_in", lambda x, hook: x.detach().requires_grad_())]
-    hooks += [(name, keep(place)) for place, name in named.items()]
-    hooks.append(("unembed.hook_in", lambda x, hook: x[:, -1:]))
-    batch = torch.tensor([list(tokens)], device=bridge.cfg.device)
-    logits = bridge.run_with_hooks(batch, fwd_hooks=hooks)[0, -1]
+    first = entering[None, start:].detach().clone().requires_grad_()
+    hooks: Hooks = [("blocks.0.hook_in", lambda x, hook: first)]
+    hooks += [(name, keep(name)) for name in dict.fromkeys(chain(*map(_hooks_of, places)))]
+    read = len(run.logits)
+    hooks.append(("unembed.hook_in", lambda x, hook: x[:, -read:].contiguous()))
+    prefix = run.prefix(start)
+    cache: dict[str, Any] = {} if prefix is None else {"past_key_values": prefix}
+    logits = bridge.run_with_hooks(run.tokens[:, start:], fwd_hooks=hooks, **cache)
     order = list(kept)
-    slopes = torch.autograd.grad(logits[ids[0]] - logits[ids[1]], [kept[place] for place in order])
+    slopes = torch.autograd.grad(score(logits.float())[0], [kept[name] for name in order])
+    heads = {HOOKS["z"].format(layer) for site, layer in places if site == "z"}
     return {
-        place: (_by_head(bridge, slope) if place[0] == "z" and slope.ndim == 3 else slope)[0]
-        for place, slope in zip(order, slopes)
+        name: (_by_head(bridge, slope) if name in heads and slope.ndim == 3 else slope)[0]
+        for name, slope in zip(order, slopes)
     }
 
 
@@ -191,6 +200,17 @@ class _Prefix(DynamicLayer):
             torch.cat([keys.expand(rows), key_states], -2),
             torch.cat([values.expand(rows), value_states], -2),
         )
+
+
+def _hooks_of(place: Place) -> list[str]:
+    """Where the gradient of a place is read off."""
+    site, layer = place
+    if (
+        site == "resid_mid"
+    ):  # the stream between attention and MLP moves as far as attention's output
+        site = "attn_out"
+    projected = [f"blocks.{layer}.attn.o.hook_out"] if site == "z" else []
+    return [HOOKS[site].format(layer), *projected]
 
 
 def _by_head(bridge: TransformerBridge, z: Tensor) -> Tensor:

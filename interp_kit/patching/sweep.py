@@ -120,7 +120,7 @@ class Sweep:
         final: list[Tensor] = []
 
         def last(x: Tensor, hook: object) -> Tensor:
-            kept = x.reshape(-1, planned.length, x.shape[-1])[:, -self.read :]
+            kept = x.reshape(-1, planned.length, x.shape[-1])[:, -self.read :].contiguous()
             final.append(kept)
             return kept[:1] if before_unembedding else kept
 
