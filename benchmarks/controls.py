@@ -57,6 +57,7 @@ PARAPHRASES = {
 }
 PLAYER = ["CC_continue", "CC_temptation", "DC_exploited"]  # where the partner cooperated
 CASES = {"smollm2-plain": ["facts"], "ipd-hybrid": PLAYER, "tiny-llama": ["cubic_gravity"]}
+UNRELATED = load_scenario("stop").prompts  # plain texts of the shipped models' world
 FEW = 3  # prompts of a scenario with which no test over prompts can say anything
 GLAD = [  # glad and sad: what steering should exchange
     ("The movie was {}, and afterwards I felt", "wonderful", "terrible"),
@@ -231,8 +232,7 @@ def steering(case: Case, *, draws: int = 40) -> list[dict[str, Any]]:
         unrelated = residuals(bridge, case.prompts)
     else:
         one, two = case.prompts, counterfactuals(case.prompts)
-        texts = load_scenario("stop").neutral or [p.text for p in load_scenario("stop").prompts]
-        rows = [bridge.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts[:24]]
+        rows = [bridge.tokenizer(p.text, add_special_tokens=False)["input_ids"] for p in UNRELATED]
         unrelated = last_residuals(bridge, rows)
     layer, half = bridge.cfg.n_layers // 2, len(one) // 2
     seen = (residuals(bridge, one[:half]) - residuals(bridge, two[:half]))[:, layer].mean(0)
@@ -248,7 +248,7 @@ def steering(case: Case, *, draws: int = 40) -> list[dict[str, Any]]:
     nulls = []
     for _ in range(draws):
         signs = torch.tensor(rng.permutation(np.arange(len(tried)) % 2 * 2 - 1)).float()
-        nulls.append(moved(signs @ tried))
+        nulls.append(moved(signs @ (tried - tried.mean(0))))
     isotropic = torch.randn(draws, streams.shape[1], generator=torch.Generator().manual_seed(0))
     found, by = moved(seen), {"isotropic": isotropic, "stream": random_directions(draws, kept)}
     rows = []

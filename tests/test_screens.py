@@ -185,3 +185,4 @@ def test_evenly_keeps_the_ends():
     assert evenly(range(30), 8)[-1] == 29
     assert len(evenly(range(30), 8)) == 8
     assert evenly([1, 2], 8) == [1, 2]
+    assert evenly([1, 2, 3], 1) == [1]

@@ -71,7 +71,9 @@ def test_a_place_is_clear_beyond_what_other_contrasts_show_there():
     assert result.control[0] == pytest.approx(0.5 * 1.96, rel=0.2)
     few = against_control(measured(values[:, :3]), drawn([0.5, 5.0, 0.01, 1e-8], 3), ["place"])
     assert few.clear.tolist() == [True, False, True, True]  # no test, and no noise floor given
-    missing = against_control(measured(values), control[control.place != 0], ["place"])
+    missing = against_control(
+        measured(values), pd.DataFrame(control[control.place != 0]), ["place"]
+    )
     assert not missing.clear[0]  # what has no control is never clear
 
 
@@ -81,6 +83,10 @@ def test_differences_are_paired_whatever_the_order():
     result = paired_difference(table, other, ["place", "prompt"])
     assert result.value.tolist() == [0, 0, -2, -6, -12, -20]
     assert list(result.columns) == list(table.columns)
-    for wrong in (pd.DataFrame(other.iloc[1:]), pd.concat([other, other]), other.assign(prompt="q")):
+    for wrong in (
+        pd.DataFrame(other.iloc[1:]),
+        pd.concat([other, other]),
+        other.assign(prompt="q"),
+    ):
         with pytest.raises(ValueError, match="the same rows by place, prompt"):
             paired_difference(table, wrong, ["place", "prompt"])

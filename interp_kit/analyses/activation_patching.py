@@ -44,7 +44,8 @@ from interp_kit.prompts import Prompt, require_prompts
 from interp_kit.specs import InputError
 
 Item = TypeVar("Item")
-PROBED = 8  # layers, and prompts, on which the numerical noise is measured
+PROBED_TOKENS = 16
+PROBED = 4  # layers, prompts and positions on which the numerical noise is measured
 
 
 def activation_patching(
@@ -248,18 +249,18 @@ def ablation(
 
 def evenly(items: Sequence[Item], most: int) -> list[Item]:
     """At most so many of the items, evenly spaced, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
+    if len(items) <= most or most < 2:
+        return list(items[:most])
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> float:
     """Largest change of a decision, in nats, when a prompt is patched into itself: should be 0.
 
-    Every head and MLP, and the residual stream at eight positions, of at most ``PROBED`` layers,
-    each on one of at most as many prompts in turn; from the first position in which prompt and
-    counterfactual differ, as patches between the two, but computed in full: this is the noise floor
-    of patching.
+    Every head and MLP of at most ``PROBED`` layers, and the residual stream there at as many
+    positions, each on one of as many prompts in turn; from the first position in which prompt and
+    counterfactual differ (or the last ``PROBED_TOKENS``), as patches between the two, but computed
+    in full: this is the noise floor of patching.
     """
     layers = evenly(range(bridge.cfg.n_layers), PROBED)
     prompts = evenly(prompts, PROBED)
@@ -268,10 +269,11 @@ def identity_patch_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -
         for unit in ("component", "resid_pre")
     )
     units = [(patch, None) for patch in heads_and_mlps]
-    units += [(patch, eighth / 8) for eighth in range(8) for patch in stream]
+    units += [(patch, part / PROBED) for part in range(PROBED) for patch in stream]
     worst = 0.0
     for i, prompt in enumerate(prompts[: len(units)]):
-        start, end = first_difference(prompt), len(prompt.branch)
+        end = len(prompt.branch)
+        start = max(first_difference(prompt), end - PROBED_TOKENS)
         patch_sets = []
         for patch, at in units[i :: len(prompts)]:
             one = start if at is None else start + int(at * (end - start))
