@@ -19,8 +19,9 @@ model finds likeliest. ``sign flip``: a permutation test over prompts, false dis
 places. ``rule``: the notebooks' own, ``likely pair`` and, from six prompts on, ``sign flip``.
 
 **Steering**: a direction between two kinds of prompt, against differences between random halves of
-unrelated ones, which should not count; by ``isotropic`` controls, and by ``stream`` ones, random
-sums of the deviations of other prompts' streams, which is what the notebooks use.
+unrelated ones, which should not count; by ``isotropic`` controls, by ``stream`` ones, random sums
+of the deviations of other prompts' streams, and by the larger limit of ``both``. Notebooks draw
+both kinds, and take the largest of all where they ask for a dose.
 """
 
 import argparse
@@ -250,10 +251,14 @@ def steering(case: Case, *, draws: int = 40) -> list[dict[str, Any]]:
         signs = torch.tensor(rng.permutation(np.arange(len(tried)) % 2 * 2 - 1)).float()
         nulls.append(moved(signs @ (tried - tried.mean(0))))
     isotropic = torch.randn(draws, streams.shape[1], generator=torch.Generator().manual_seed(0))
-    found, by = moved(seen), {"isotropic": isotropic, "stream": random_directions(draws, kept)}
-    rows = []
-    for rule, directions in by.items():
-        limit = float(np.quantile([moved(direction) for direction in directions], 0.95))
+    alike = random_directions(2 * draws, kept)[::2]  # every other one: the rest are isotropic
+    limits = {
+        rule: float(np.quantile([moved(direction) for direction in directions], 0.95))
+        for rule, directions in (("isotropic", isotropic), ("stream", alike))
+    }
+    limits["both"] = max(limits.values())
+    found, rows = moved(seen), []
+    for rule, limit in limits.items():
         false = float(np.mean([null > limit for null in nulls]))
         rows.append(
             {"model": case.model, "rule": rule, "limit": limit, "moved": found}

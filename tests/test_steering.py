@@ -85,12 +85,14 @@ def test_generated_text_is_steered_alike_with_and_without_a_cache(tiny_bridge):
 
 
 def test_random_directions_vary_as_the_streams_do():
-    """Streams that vary in two coordinates only: so do the directions, in the same proportion."""
+    """Streams that vary in two coordinates only: so does every other direction, as much in each."""
     streams = torch.zeros(400, 32)
     drawn = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
     streams[:, 3], streams[:, 7] = 5 + 3 * drawn[:, 0], drawn[:, 1] - 2
-    directions = random_directions(2000, streams)
-    assert directions.norm(dim=1) == pytest.approx(torch.ones(2000), abs=1e-5)
+    both = random_directions(4000, streams)
+    assert both.norm(dim=1) == pytest.approx(torch.ones(4000), abs=1e-5)
+    directions, isotropic = both[::2], both[1::2]
+    assert isotropic.square().mean(0) == pytest.approx(torch.full((32,), 1 / 32), rel=0.15)
     assert directions[:, [i for i in range(32) if i not in (3, 7)]].abs().max() == 0
     spread = (directions[:, 3] / directions[:, 7]).abs().median()
     assert float(spread) == pytest.approx(3, rel=0.2)

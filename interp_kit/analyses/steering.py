@@ -40,14 +40,16 @@ Directions = Float[Tensor, "layer d_model"]  # one for each layer
 def random_directions(
     n: int, streams: Float[Tensor, "row d_model"], *, seed: int = 0
 ) -> Float[Tensor, "n d_model"]:
-    """``n`` unit vectors with the covariance of ``streams``: random sums of their deviations.
+    """``n`` unit vectors, in turn with the covariance of ``streams`` and isotropic.
 
-    A trained model's stream varies along few directions, and answers to these; isotropic vectors
-    hardly have a part in them, and are too weak a control (``benchmarks.controls``).
+    The former are random sums of the streams' deviations from their mean. A trained model's stream
+    varies along few directions: whether it answers more to these or to others differs from model to
+    model, and either kind alone is too weak a control on some (``benchmarks.controls``).
     """
     generator = torch.Generator().manual_seed(seed)
     centred = streams.float() - streams.float().mean(0)
     drawn = torch.randn(n, len(centred), generator=generator) @ centred
+    drawn[1::2] = torch.randn(n, centred.shape[1], generator=generator)[1::2]
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 
