@@ -13,10 +13,10 @@ between wordings that all prompts share is an effect of the wording. And *labels
 and counterfactual exchanged at random. *False positives* are the share of places called clear, mean
 over draws. Places of one model are not independent; with all prompts, draws are.
 
-**Rules**, at a rate of .05. ``isotropic``: 95 % of random directions of the decision's length.
-``any pair``: of random pairs of the vocabulary. ``likely pair``: of pairs of the 50 tokens that the
-model finds likeliest. ``sign flip``: a permutation test over prompts, false discovery rate over
-places. ``rule``: the notebooks' own, ``likely pair`` and, from six prompts on, ``sign flip``.
+**Rules**, at a rate of .05. ``any pair``: beyond 95 % of random pairs of the vocabulary. ``likely
+pair``: of pairs of the 50 tokens that the model finds likeliest. ``sign flip``: a permutation test
+over prompts, false discovery rate over places. ``rule``: the notebooks' own, ``likely pair`` and,
+from six prompts on, ``sign flip``.
 
 **Steering**: a direction between two kinds of prompt, against differences between random halves of
 unrelated ones, which should not count; by ``isotropic`` controls, by ``stream`` ones, random sums
@@ -74,7 +74,7 @@ GLAD = [  # glad and sad: what steering should exchange
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Prompts of a model; ``other`` asks for the other answer or, a paraphrase, for the same."""
+    """Prompts of a model, and each of them in other words, which ask for the same answer."""
 
     model: str
     bridge: TransformerBridge

@@ -28,6 +28,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.loading import Models
 from interp_kit.passes import shared_passes
+from interp_kit.patching.cost import SAMPLE, TOP
 from interp_kit.patching.experiments import (
     Experiment,
     PatchedSequence,
@@ -99,7 +100,7 @@ def cross_model_attribution_patching(
 
 
 def screen(
-    estimated: pd.DataFrame, *, top: int = 60, sample: int = 20, seed: int = 0
+    estimated: pd.DataFrame, *, top: int = TOP, sample: int = SAMPLE, seed: int = 0
 ) -> pd.DataFrame:
     """Which components to patch exactly: ``component chosen``.
 

@@ -11,7 +11,7 @@ from interp_kit.patching.patches import unit_patches
 from interp_kit.patching.positions import aligned, first_difference, position_sets
 from interp_kit.prompts import Prompt, require_prompts
 
-SCREENED = 80  # components that are patched exactly where a gradient screens the others
+TOP, SAMPLE = 60, 20  # components patched exactly: those that a screen ranks highest, and others
 GRADIENT = 3  # forward passes that one forward and backward pass takes
 
 
@@ -41,7 +41,7 @@ def sweep_cost(
         modes["segments"] = sum(through * (length - first) / length for first in firsts)
     if across_models or aligned([longest]):
         gradient = GRADIENT * (length - start) / length
-        modes["screened"] = gradient + every * min(1, SCREENED / len(layers))
+        modes["screened"] = gradient + every * min(1, (TOP + SAMPLE) / len(layers))
         modes["all"] = every
     passes = pd.Series(modes, name="forward_passes") + 2
     return pd.DataFrame({"forward_passes": passes, "seconds": passes * one}).rename_axis(

@@ -305,7 +305,7 @@ def identity_experiment(
 
 # ------------------------------------------------------------------------------------- internals
 def _placed(patches: PatchSet, where: tuple[int, ...]) -> PatchSet:
-    return frozenset(p if p.positions else replace(p, positions=where) for p in patches)
+    return frozenset(replace(p, positions=where) if p.positions is None else p for p in patches)
 
 
 def _patched(

@@ -205,9 +205,7 @@ class _Prefix(DynamicLayer):
 def _hooks_of(place: Place) -> list[str]:
     """Where the gradient of a place is read off."""
     site, layer = place
-    if (
-        site == "resid_mid"
-    ):  # the stream between attention and MLP moves as far as attention's output
+    if site == "resid_mid":  # it moves as far as what attention adds
         site = "attn_out"
     projected = [f"blocks.{layer}.attn.o.hook_out"] if site == "z" else []
     return [HOOKS[site].format(layer), *projected]
