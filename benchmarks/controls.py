@@ -13,6 +13,10 @@ between wordings that all prompts share is an effect of the wording. And *labels
 and counterfactual exchanged at random. *False positives* are the share of places called clear, mean
 over draws. Places of one model are not independent; with all prompts, draws are.
 
+**Planted directions**: an MLP adds, at the last position of the prompts and not of their
+paraphrases, a direction that raises the decision by so many nats. Of eight prompts, the share of
+plants that are called clear: the MLP itself, and the last layer of the lens.
+
 **Rules**, at a rate of .05. ``any pair``: beyond 95 % of random pairs of the vocabulary. ``likely
 pair``: of pairs of the 50 tokens that the model finds likeliest. ``sign flip``: a permutation test
 over prompts, false discovery rate over places. ``rule``: the notebooks' own, ``likely pair`` and,
@@ -27,14 +31,17 @@ both kinds, and take the largest of all where they ask for a dose.
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import brentq
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -115,22 +122,31 @@ def _next(prompts: Sequence[Prompt], i: int) -> Prompt:
 Both = tuple[pd.DataFrame, dict[str, pd.DataFrame]]  # effect by unit and prompt; controls by rule
 
 
-def by_lens(bridge: TransformerBridge, prompts: list[Prompt], other: list[Prompt]) -> Both:
-    return _read(bridge, prompts, other, logit_lens, contrast_lens, "layer")
+Pairs = dict[str, torch.Tensor]  # by rule, [prompt pair 2]
 
 
-def by_attribution(bridge: TransformerBridge, prompts: list[Prompt], other: list[Prompt]) -> Both:
-    read = direct_logit_attribution
-    return _read(bridge, prompts, other, read, contrast_attribution, "component")
+def by_lens(
+    bridge: TransformerBridge, prompts: list[Prompt], other: list[Prompt], pairs: Pairs
+) -> Both:
+    return _read(bridge, prompts, other, pairs, logit_lens, contrast_lens, "layer")
 
 
-def by_patching(bridge: TransformerBridge, prompts: list[Prompt], other: list[Prompt]) -> Both:
+def by_attribution(
+    bridge: TransformerBridge, prompts: list[Prompt], other: list[Prompt], pairs: Pairs
+) -> Both:
+    read, contrast = direct_logit_attribution, contrast_attribution
+    return _read(bridge, prompts, other, pairs, read, contrast, "component")
+
+
+def by_patching(
+    bridge: TransformerBridge, prompts: list[Prompt], other: list[Prompt], pairs: Pairs
+) -> Both:
     """Noising at the decision, from the other prompt."""
     asked = [replace(p, counterfactual=o.tokens, segments=()) for p, o in zip(prompts, other)]
     options: dict[str, Any] = {"positions": "decision", "directions": ["noise"]}
     tables = {}
-    for rule, pairs in _pairs(bridge, asked).items():
-        table, tables[rule] = patching_and_control(bridge, asked, pairs, **options)
+    for rule, own in pairs.items():
+        table, tables[rule] = patching_and_control(bridge, asked, own, **options)
     table = table.drop(columns="value")
     renamed = {"component": "unit", "change": "value"}
     return table.rename(columns=renamed), {k: t.rename(columns=renamed) for k, t in tables.items()}
@@ -140,6 +156,7 @@ def _read(
     bridge: TransformerBridge,
     prompts: list[Prompt],
     other: list[Prompt],
+    pairs: Pairs,
     analysis: Callable[..., pd.DataFrame],
     contrast: Callable[..., pd.DataFrame],
     unit: str,
@@ -147,8 +164,8 @@ def _read(
     """What the prompt shows less what the other one shows, of the answers and of other tokens."""
     table = paired_difference(analysis(bridge, prompts), analysis(bridge, other), ["prompt", unit])
     controls = {}
-    for rule, pairs in _pairs(bridge, prompts, other).items():
-        ours, theirs = (contrast(bridge, given, pairs) for given in (prompts, other))
+    for rule, drawn in pairs.items():
+        ours, theirs = (contrast(bridge, given, drawn) for given in (prompts, other))
         controls[rule] = paired_difference(ours, theirs, ["prompt", unit, "draw"])
         controls[rule]["unit"] = controls[rule][unit]
     table["unit"] = table[unit]
@@ -156,10 +173,8 @@ def _read(
     return pd.DataFrame(table[known]), controls
 
 
-def _pairs(
-    bridge: TransformerBridge, prompts: list[Prompt], other: Sequence[Prompt] = ()
-) -> dict[str, torch.Tensor]:
-    asked = [replace(p, counterfactual=o.tokens) for p, o in zip(prompts, other)] or prompts
+def pairs_of(bridge: TransformerBridge, prompts: list[Prompt], other: list[Prompt]) -> Pairs:
+    asked = [replace(p, counterfactual=o.tokens) for p, o in zip(prompts, other)]
     likely = likely_pairs(bridge, asked)
     generator = torch.Generator().manual_seed(0)
     known = min(bridge.cfg.d_vocab, len(bridge.tokenizer))
@@ -167,6 +182,7 @@ def _pairs(
     return {"likely pair": likely, "any pair": anything}
 
 
+RULES = ("any pair", "likely pair", "sign flip", "rule")
 METHODS = {"lens": by_lens, "attribution": by_attribution, "patching": by_patching}
 
 
@@ -193,12 +209,13 @@ def score(case: Case, method: str, draws: int, rng: np.random.Generator) -> list
             "effect": counterfactuals(case.prompts),
             "paraphrase": case.paraphrases,
         }.items():
-            measured[what] = METHODS[method](case.bridge, case.prompts, other)
+            pairs = pairs_of(case.bridge, case.prompts, other)
+            measured[what] = METHODS[method](case.bridge, case.prompts, other, pairs)
     rows = []
     names = [p.id for p in case.prompts]
     for rule, (what, flip), n in (
         (rule, how, n)
-        for rule in ("any pair", "likely pair", "sign flip", "rule")
+        for rule in RULES
         for how in (("effect", False), ("effect", True), ("paraphrase", True))
         for n in (FEW, len(names))
     ):
@@ -220,6 +237,70 @@ def score(case: Case, method: str, draws: int, rng: np.random.Generator) -> list
             | {"clear": float(np.mean(shares)), "last": float(np.mean(last))}
         )
     return rows
+
+
+# ---------------------------------------------------------------------------------------- plants
+SIZES = (0.25, 0.5, 1.0, 2.0, 4.0)  # nats
+PLANTED = 8  # prompts
+
+
+def plants(case: Case, method: str) -> list[dict[str, Any]]:
+    """Whether each rule finds a direction of known size that one MLP adds to the prompts."""
+    bridge, n_layers = case.bridge, case.bridge.cfg.n_layers
+    prompts, other = case.prompts[:PLANTED], case.paraphrases[:PLANTED]
+    pairs = pairs_of(bridge, prompts, other)
+    rows = []
+    for layer, size in product((n_layers // 3, 2 * n_layers // 3), SIZES):
+        found = []
+        for i, prompt in enumerate(prompts):
+            own = {rule: drawn[[i]] for rule, drawn in pairs.items()}
+            with planted(bridge, prompt, layer=layer, nats=size), shared_passes():
+                found.append(METHODS[method](bridge, [prompt], [other[i]], own))
+        table = pd.concat([table for table, _ in found])
+        controls = {rule: pd.concat([aside[rule] for _, aside in found]) for rule in pairs}
+        unit = table.unit.iloc[-1] if method == "lens" else f"L{layer}_MLP"
+        for rule in RULES:
+            result = called(table, controls, rule).set_index("unit")
+            rows.append(
+                {"model": case.model, "method": method, "rule": rule, "nats": size}
+                | {"found": float(result.clear[unit])}
+            )
+    return rows
+
+
+@contextmanager
+def planted(
+    bridge: TransformerBridge, prompt: Prompt, *, layer: int, nats: float
+) -> Iterator[None]:
+    """Inside, MLP ``layer`` raises the decision of this prompt by ``nats``, and of no other."""
+    tokens, ids, at_rest = list(prompt.branch), [], float(decide(bridge, [prompt]).value[0])
+    positive, negative = prompt.branch_ids
+    vector = (bridge.W_U[:, positive] - bridge.W_U[:, negative]).detach()
+    scale = float(residuals(bridge, [prompt])[0, layer + 1].norm() / vector.norm())
+    by = 0.0
+
+    def see(module: object, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        ids[:] = args[0].tolist()
+
+    def write(x: torch.Tensor, hook: object) -> torch.Tensor:
+        length = len(ids[0])
+        own = torch.tensor([row == tokens[-length:] for row in ids]).to(x)[:, None, None]
+        last = torch.zeros(x.shape[1]).to(x)
+        last[slice(None) if length == 1 else -1] = 1  # of one position: rows of a sweep
+        return x + by * scale * own * last[:, None] * vector
+
+    def moved(strength: float) -> float:
+        nonlocal by
+        by = strength
+        return float(decide(bridge, [prompt]).value[0]) - at_rest
+
+    handle = bridge.embed.register_forward_hook(see)
+    try:
+        with bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_mlp_out", write)]):
+            by = float(brentq(lambda strength: moved(strength) - nats, 0, 4, xtol=1e-3))  # pyright: ignore[reportArgumentType]
+            yield
+    finally:
+        handle.remove()
 
 
 # ---------------------------------------------------------------------------------------- steering
@@ -312,11 +393,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number here")
     given = parser.parse_args()
     one_thread()
-    rows, directed, screened = [], [], []
+    rows, directed, screened, known = [], [], [], []
     rng = np.random.default_rng(0)
     for case in cases():
         for method in tqdm(METHODS, desc=case.model):
             rows += score(case, method, given.draws, rng)
+            known += plants(case, method)
         directed += steering(case, draws=given.draws)
         screened += screens(case)
     scores = pd.DataFrame(rows)
@@ -328,6 +410,9 @@ def main() -> None:
         ).reset_index(),
         "The last layer of the lens": wide[wide.method == "lens"]
         .pivot_table(index=keys, columns="model", values="last", sort=False)
+        .reset_index(),
+        "Planted directions, by their size in nats": pd.DataFrame(known)
+        .pivot_table(index=["method", "rule", "nats"], columns="model", values="found", sort=False)
         .reset_index(),
         "Steering": pd.DataFrame(directed),
         "Screens": pd.DataFrame(screened),

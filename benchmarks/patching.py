@@ -361,20 +361,22 @@ def cases(root: Path) -> Iterator[Case]:
 
 
 # -------------------------------------------------------------------------------------- fine-tunes
-def across_models(adapters: list[str], merged: list[str]) -> Case:
+def across_models(adapters: list[str], merged: list[str]) -> Iterator[Case]:
     """From the first fine-tune into the second: the sweep on adapters, the loops on merged."""
     prompt, models = random_prompt("random-12", LENGTH), load_models(adapters[:2])
     bridge = models.switch(adapters[0])
     bridge(torch.tensor([prompt.tokens], device=bridge.cfg.device))  # weights are read when used
-    return Case(
-        model=ACROSS,
-        prompt=prompt,
-        positions="decision",
-        sweep=partial(cross_model_patching, models, *models, [prompt], positions="decision"),
-        source=load_model(merged[0]),
-        target=load_model(merged[1]),
-        source_tokens=prompt.branch,
-    )
+    source, target = map(load_model, merged[:2])
+    for positions in ("decision", "all"):
+        yield Case(
+            model=ACROSS,
+            prompt=prompt,
+            positions=positions,
+            sweep=partial(cross_model_patching, models, *models, [prompt], positions=positions),
+            source=source,
+            target=target,
+            source_tokens=prompt.branch,
+        )
 
 
 def measure_fine_tunes(names: list[str]) -> dict[str, Any]:
@@ -497,36 +499,33 @@ def main() -> None:
         epilog="Takes about a quarter of an hour. Run it in a checkout, on an idle machine.",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number here")
-    parser.add_argument("--only", metavar="MODEL", help="the sweeps of one model, and no more")
+    parser.add_argument("--only", metavar="MODEL", help=f"its sweeps alone; also '{ACROSS}'")
     given = parser.parse_args()
-    file = given.json
+    file, only = given.json, given.only
     one_thread()
-    if given.only:
-        SWEEPS[:] = [sweep for sweep in SWEEPS if sweep[0] == given.only]
-        with tempfile.TemporaryDirectory() as folder:
-            sweeps = pd.DataFrame([measure(case) for case in cases(Path(folder))])
-        print(tidy(sweeps).T.to_string(header=False))
-        return
-    rows, total = [], len(SWEEPS) + 1
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="sweep") as progress:
+    SWEEPS[:] = [sweep for sweep in SWEEPS if only in (None, sweep[0])]
+    rows, variants = [], pd.DataFrame()
+    with tempfile.TemporaryDirectory() as folder, tqdm(unit="sweep") as progress:
         root = Path(folder)
         for case in cases(root):
             progress.set_description(f"{case.model} {case.positions}")
             rows.append(measure(case))
             progress.update()
-        progress.set_description(ACROSS)
-        saved = [save_fine_tune(root / "random-12", root, seed=n) for n in range(FINE_TUNES)]
-        adapters, merged = map(list, zip(*saved))
-        own, _ = save_fine_tune(root / "random-12", root, seed=FINE_TUNES, use_dora=True)
-        variants = measure_variants([*adapters, own], merged)
-        rows.append(measure(across_models(adapters, merged)))
-        progress.update()
+        if only in (None, ACROSS):
+            progress.set_description(ACROSS)
+            base = save_random("random-12", root / "random-12")
+            saved = [save_fine_tune(base, root, seed=n) for n in range(FINE_TUNES)]
+            adapters, merged = map(list, zip(*saved))
+            rows += [measure(case) for case in across_models(adapters, merged)]
+        if only is None:
+            own, _ = save_fine_tune(base, root, seed=FINE_TUNES, use_dora=True)
+            variants = measure_variants([*adapters, own], merged)
     sweeps = pd.DataFrame(rows)
-    tables = {
-        "Sweeps (seconds; * scaled up from `run` patches)": tidy(sweeps),
-        f"{FINE_TUNES} fine-tunes, {LENGTH} tokens, last position": variants.round(2),
-        "Claims": (stated := claims(sweeps, variants)),
-    }
+    tables = {"Sweeps (seconds; * scaled up from `run` patches)": tidy(sweeps)}
+    stated = pd.DataFrame()
+    if only is None:
+        tables[f"{FINE_TUNES} fine-tunes, {LENGTH} tokens, last position"] = variants.round(2)
+        tables["Claims"] = stated = claims(sweeps, variants)
     print("\n".join(f"{key}: {value}" for key, value in machine().items()))
     for title, table in tables.items():
         print(f"\n{title}\n{table.to_string(index=False, float_format='{:.4g}'.format)}")

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 FEWEST_PROMPTS = 6  # with which a sign-flip test can reach .05
+FLIPS = 2048  # of a test over many places
 
 
 def mean_interval(
@@ -107,11 +108,7 @@ def effects(
     Returns the columns of ``by`` and ``value low high n p q clear``. Raises ``ValueError`` unless
     every group has the same prompts.
     """
-    by = list(by)
-    wide = table.pivot_table(index=by, columns="prompt", values=column, sort=False, dropna=False)
-    wide = wide.dropna(how="all")
-    if wide.isna().to_numpy().any():
-        raise ValueError("expected the same prompts in every group; test such groups apart")
+    wide = _by_prompt(table, by, column)
     values = wide.to_numpy()
     n = values.shape[1]
     rng = np.random.default_rng(seed)
@@ -163,20 +160,31 @@ def against_control(
 
     ``control`` has the columns ``by``, ``prompt``, ``draw`` and ``column``: the same for pairs of
     tokens that the prompts do not ask for (``controls.likely_pairs``). The column ``control`` is
-    the 1 - ``rate`` quantile over draws of the absolute mean over prompts; ``beyond``, whether the
-    decision's exceeds it; ``clear`` asks for that, for the noise floor, and, where there are
-    ``FEWEST_PROMPTS`` or more, for q <= ``rate``. With fewer no test can say so: about ``rate`` of
-    all places are then beyond the control by chance.
+    the absolute mean over prompts that at most ``rate`` of the draws and the decision together may
+    reach; ``beyond``, whether the decision's exceeds it. ``clear`` asks for that, for the noise
+    floor, and, where there are ``FEWEST_PROMPTS`` or more, for q <= ``rate``. With fewer no test
+    can say so: at most ``rate`` of all places are then beyond the control by chance, if the
+    decision is a pair of tokens like the others.
+
+    ``q`` is of a sign-flip test of those places whose root mean square over prompts exceeds the
+    control (a choice that signs do not enter), with one distribution of chance for all of them: the
+    few flips of few prompts would otherwise leave no place among hundreds a chance. Else it is 1.
     """
     by = list(by)
     how: dict[str, Any] = {"noise_floor": noise_floor, "rate": rate, "seed": seed}
     result = effects(table, by, column=column, resamples=resamples, **how)
     draws = pd.DataFrame(control.groupby([*by, "draw"], sort=False)[[column]].mean()).abs()
-    limits = pd.DataFrame(draws.groupby(level=by, sort=False)[[column]].quantile(1 - rate))
-    limits = limits.rename(columns={column: "control"}).reset_index()
-    result = result.merge(limits, on=by, how="left")
+    reached = int(rate * (1 + control.draw.nunique()))  # so many draws may: with fewer, none is
+    limits: Any = draws.groupby(level=by, sort=False)[column].apply(
+        lambda own: np.sort(own)[-reached] if reached else np.inf
+    )
+    result = result.merge(limits.rename("control").reset_index(), on=by, how="left")
+    values = _by_prompt(table, by, column).to_numpy()
+    large = np.sqrt((values**2).mean(1)) > result.control.to_numpy()
+    result["q"] = 1.0
+    result.loc[large, "q"] = _pooled_q(values[large], np.random.default_rng(seed))
     result["beyond"] = result.value.abs() > result.control
-    tested = result.clear | (result.n < FEWEST_PROMPTS)
+    tested = (result.q <= rate) | (result.n < FEWEST_PROMPTS)
     result["clear"] = tested & result.beyond & (result.value.abs() > noise_floor)
     return result
 
@@ -259,28 +267,6 @@ def prediction_limit(values: Sequence[float], *, confidence: float = 0.99) -> fl
     return float(np.mean(values) + stats.t.ppf(confidence, n - 1) * spread)
 
 
-def paired_drops(
-    table: pd.DataFrame,
-    by: Sequence[str],
-    *,
-    series: str,
-    first: str,
-    noise_floor: float = 0.0,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """How much ``value`` drops from the series ``first`` to every other, paired by prompt.
-
-    One row for each group of ``by`` and each other series: the ``effects`` of first - other, and
-    the column ``other``.
-    """
-    wide = table.pivot_table(index=[*by, "prompt"], columns=series, values="value", sort=False)
-    tables = []
-    for other in [name for name in wide.columns if name != first]:
-        drop = pd.DataFrame({"change": wide[first] - wide[other]}).reset_index()
-        tables.append(effects(drop, by, noise_floor=noise_floor, seed=seed).assign(other=other))
-    return pd.concat(tables, ignore_index=True)
-
-
 def rank_correlation(
     first: pd.Series, second: pd.Series, *, resamples: int = 9999, seed: int = 0
 ) -> pd.Series:
@@ -344,6 +330,35 @@ def _sign_flip_p(
         rng=rng,
     )
     return tested.pvalue
+
+
+def _by_prompt(table: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
+    """A row for each group of ``by``, a column for each prompt."""
+    how: dict[str, Any] = {"index": list(by), "columns": "prompt", "values": column}
+    wide = table.pivot_table(**how, sort=False, dropna=False).dropna(how="all")
+    if wide.isna().to_numpy().any():
+        raise ValueError("expected the same prompts in every group; test such groups apart")
+    return wide
+
+
+def _pooled_q(
+    values: Float[np.ndarray, "group prompt"], rng: np.random.Generator
+) -> Float[np.ndarray, "group"]:
+    """Of the mean over prompts in units of the root mean square, after Benjamini and Hochberg.
+
+    The signs of prompts are flipped in all groups at once. p is the share of all groups' values,
+    over all flips, that reach a group's own (Tusher et al., doi:10.1073/pnas.091062498).
+    """
+    n = values.shape[1]
+    if not values.size or n < 2:
+        return np.ones(len(values))
+    signs = rng.choice([-1, 1], (FLIPS, n))
+    signs[0] = 1
+    size = np.sqrt(n * (values**2).sum(1, keepdims=True))
+    statistic = abs(values @ signs.T) / size
+    chance = np.sort(statistic.ravel())
+    below = np.searchsorted(chance, statistic[:, 0] - 1e-9)
+    return stats.false_discovery_control(1 - below / len(chance))
 
 
 def _intervals(

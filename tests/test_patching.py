@@ -494,13 +494,39 @@ def test_both_directions_share_two_recordings(bridge, monkeypatch, analysis):
     with monkeypatch.context() as patched:
         patched.setattr(activations, "KEPT_BYTES", 0)
         apart = analysis(bridge, prompts)
-    pd.testing.assert_frame_equal(shared, apart, check_exact=True)
+    pd.testing.assert_frame_equal(shared, apart, rtol=1e-4, atol=1e-5)
     assert n_shared <= len(runs) / 2
     runs.clear()
     with activations.shared_passes():
         again = [analysis(bridge, prompts) for _ in range(2)]
     assert len(runs) == n_shared
     assert all(table.equals(shared) for table in again)
+
+
+def test_a_beginning_that_two_prompts_share_is_run_once(tiny_bridge, monkeypatch):
+    """The rest alone goes through the model, and what is recorded is that of the whole run."""
+    bridge = tiny_bridge
+    prompt = segmented(bridge)
+    places = [patch.place for patch in unit_patches(bridge, "component")]
+    first = record(bridge, prompt.tokens, places)
+    lengths, run = [], bridge.run_with_hooks
+
+    def watched(ids, **how):
+        lengths.append(ids.shape[1])
+        return run(ids, **how)
+
+    monkeypatch.setattr(bridge, "run_with_hooks", watched)
+    rest = record(bridge, prompt.swapped().tokens, places, like=first)
+    whole = record(bridge, prompt.swapped().tokens, places)
+    begun = first_difference(prompt)
+    assert lengths == [len(prompt.tokens) - begun, len(prompt.tokens)]
+    assert [x.shape for x in rest.keys_values[0]] == [x.shape for x in whole.keys_values[0]]
+    pairs = [(rest.activations[place], whole.activations[place]) for place in places]
+    for ours, theirs in [*pairs, *zip(rest.stream, whole.stream), (rest.logits, whole.logits)]:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a[:begun], b[:begun]) for a, b in zip(rest.stream, first.stream))
+    same = record(bridge, prompt.tokens, places, like=first)  # the end is always read again
+    torch.testing.assert_close(same.logits, first.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_other_answers_to_the_same_prompts_cost_no_further_pass(bridge, passes):

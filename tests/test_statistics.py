@@ -77,6 +77,29 @@ def test_a_place_is_clear_beyond_what_other_contrasts_show_there():
     assert not missing.clear[0]  # what has no control is never clear
 
 
+def test_one_place_among_hundreds_is_found_with_eight_prompts():
+    """Where p of a place alone is at least 2 / 256; and where signs are arbitrary nothing is."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(300, 8))
+    control = drawn(np.full(300, 0.5), 8, draws=64)
+    values[7] = rng.normal(3, 0.2, 8)
+    result = against_control(measured(values), control, ["place"])
+    assert result.p[7] == pytest.approx(2 / 256)
+    assert result.clear.to_numpy().nonzero()[0].tolist() == [7]
+    wrong = [
+        against_control(measured(values * rng.choice([-1, 1], 8)), control, ["place"]).clear.any()
+        for _ in range(100)
+    ]
+    assert np.mean(wrong) <= 0.1
+
+
+def test_too_few_draws_support_no_claim():
+    values, control = np.full((1, 3), 5.0), drawn([0.1], 3, draws=18)
+    assert not against_control(measured(values), control, ["place"]).clear[0]
+    control = drawn([0.1], 3, draws=19)
+    assert against_control(measured(values), control, ["place"]).clear[0]
+
+
 def test_differences_are_paired_whatever_the_order():
     table = measured(np.arange(6.0).reshape(2, 3))
     other = measured(np.arange(6.0).reshape(2, 3) ** 2).sort_values("prompt")

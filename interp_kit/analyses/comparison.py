@@ -15,7 +15,7 @@ from interp_kit.loading import Models
 from interp_kit.passes import shared_passes
 from interp_kit.prompts import Prompt, encode_scenario
 from interp_kit.specs import InputError, Scenario
-from interp_kit.statistics import settled
+from interp_kit.statistics import effects, settled
 
 Analysis = Callable[[TransformerBridge, Sequence[Prompt]], pd.DataFrame]
 PairAnalysis = Callable[[Models, str, str, Sequence[Prompt]], Sequence[pd.DataFrame]]
@@ -77,6 +77,28 @@ def across_pairs(
             ]
         )
     return tuple(pd.concat(own, ignore_index=True) for own in zip(*tables))
+
+
+def paired_drops(
+    table: pd.DataFrame,
+    by: Sequence[str],
+    *,
+    series: str,
+    first: str,
+    noise_floor: float = 0.0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How much ``value`` drops from the series ``first`` to every other, paired by prompt.
+
+    One row for each group of ``by`` and each other series: the ``effects`` of first - other, and
+    the column ``other``.
+    """
+    wide = table.pivot_table(index=[*by, "prompt"], columns=series, values="value", sort=False)
+    tables = []
+    for other in [name for name in wide.columns if name != first]:
+        drop = pd.DataFrame({"change": wide[first] - wide[other]}).reset_index()
+        tables.append(effects(drop, by, noise_floor=noise_floor, seed=seed).assign(other=other))
+    return pd.concat(tables, ignore_index=True)
 
 
 def training_steps(names: Sequence[str]) -> list[int]:

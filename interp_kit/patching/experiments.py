@@ -128,7 +128,8 @@ def counterfactual_experiment(
         check_memory(bridge, length=len(sequence.tokens))
         forced = sequence.tokens[len(prompt.tokens) :]
         target_run = recorded(bridge, sequence.tokens, places, read=sequence.read)
-        source_run = recorded(bridge, other + forced, places, read=sequence.read)
+        again = {"read": sequence.read, "like": target_run}
+        source_run = recorded(bridge, other + forced, places, **again)
         at = [*index, *range(len(other), len(other) + len(forced))]
         ours, theirs = target_run.activations, source_run.activations
         source = SourceValues(

@@ -76,22 +76,36 @@ class SourceValues:
 
 @torch.no_grad()
 def record(
-    bridge: TransformerBridge, tokens: Sequence[int], places: Iterable[Place], *, read: int = 1
+    bridge: TransformerBridge,
+    tokens: Sequence[int],
+    places: Iterable[Place],
+    *,
+    read: int = 1,
+    like: Recording | None = None,
 ) -> Recording:
     """Run ``tokens`` once and keep ``places``, and what else sweeps need.
 
-    Only the last ``read`` positions are unembedded.
+    Only the last ``read`` positions are unembedded. The beginning that ``tokens`` share with
+    ``like``, a recording of the same places, is taken from there.
     """
+    shared = _shared_beginning(tokens, like, at_most=len(tokens) - read)
     activations: dict[Place, Tensor] = {}
     stream: list[Tensor] = []
     final: list[Tensor] = []
 
+    def whole(x: Tensor, before: Callable[[Recording], Tensor]) -> Tensor:
+        return torch.cat([before(like)[:shared], x[0]]) if like and shared else x[0].clone()
+
     def keep(place: Place) -> Callable[..., None]:
         def hook_function(x: Tensor, hook: object) -> None:
             heads = place[0] == "z" and x.ndim == 3
-            activations[place] = (_by_head(bridge, x) if heads else x)[0].clone()
+            own = _by_head(bridge, x) if heads else x
+            activations[place] = whole(own, lambda earlier: earlier.activations[place])
 
         return hook_function
+
+    def enters(layer: int) -> Callable[..., None]:
+        return lambda x, hook: stream.append(whole(x, lambda earlier: earlier.stream[layer]))
 
     def last(x: Tensor, hook: object) -> Tensor:
         final.append(x[0, -read:])
@@ -99,14 +113,14 @@ def record(
 
     places = sorted(set(places), key=lambda place: place[1])
     hooks: Hooks = [(HOOKS[site].format(layer), keep((site, layer))) for site, layer in places]
-    hooks += [
-        (f"blocks.{layer}.hook_in", lambda x, hook: stream.append(x[0].clone()))
-        for layer in range(bridge.cfg.n_layers)
-    ]
+    hooks += [(f"blocks.{layer}.hook_in", enters(layer)) for layer in range(bridge.cfg.n_layers)]
     ids = torch.tensor([list(tokens)], device=bridge.cfg.device)
     cache: Any = DynamicCache()
+    if like and shared:
+        for layer, (keys, values) in enumerate(like.keys_values):
+            cache.update(keys[:, :, :shared], values[:, :, :shared], layer)
     logits = bridge.run_with_hooks(
-        ids,
+        ids[:, shared:],
         fwd_hooks=[*hooks, ("unembed.hook_in", last)],
         **({"past_key_values": cache} if _looks_back_only(bridge) else {}),
     )
@@ -121,14 +135,21 @@ def record(
 
 
 def recorded(
-    bridge: TransformerBridge, tokens: Sequence[int], places: Iterable[Place], *, read: int = 1
+    bridge: TransformerBridge,
+    tokens: Sequence[int],
+    places: Iterable[Place],
+    *,
+    read: int = 1,
+    like: Recording | None = None,
 ) -> Recording:
     """As ``record``; inside ``shared_passes`` a run that was recorded before is not run again."""
     kept = frozenset(places)
     key = "recording", tuple(tokens), kept, read
-    return once(
-        bridge, key, lambda: record(bridge, tokens, kept, read=read), lambda made: made.bytes
-    )
+
+    def make() -> Recording:
+        return record(bridge, tokens, kept, read=read, like=like)
+
+    return once(bridge, key, make, lambda made: made.bytes)
 
 
 def moved(source: Tensor, target: Tensor, index: Sequence[int]) -> Tensor:
@@ -183,6 +204,14 @@ def gradients(
 
 
 # ------------------------------------------------------------------------------------- internals
+def _shared_beginning(tokens: Sequence[int], like: Recording | None, *, at_most: int) -> int:
+    """How many first tokens are those of a recording that has their keys and values."""
+    if like is None or not like.keys_values:
+        return 0
+    pairs = list(zip(tokens[:at_most], like.tokens[0].tolist()))
+    return next((n for n, (own, other) in enumerate(pairs) if own != other), len(pairs))
+
+
 class _Prefix(DynamicLayer):
     """Keys and values of one layer and a prefix that every row attends to and none adds to."""
 
