@@ -1,6 +1,6 @@
-"""The command line: ``interp-kit run | check | report | list | documents | train``.
+"""The command line: ``interp-kit run | check | report | list | documents | finetune | train``.
 
-Commands import what they need when they run; only checking models, documents and train load torch.
+Commands import what they need when they run; only those that check, write or train load torch.
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from interp_batch.finetune import app as finetune
 from interp_kit.catalogue import data_folders, list_models, list_scenarios, read_run
 from interp_kit.hub import state_of_files
 from interp_kit.specs import REPOSITORY, InputError, ModelSpec, RunSpec
@@ -29,6 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(finetune, name="finetune")
 
 FAILED = "failed"
 CORES = os.cpu_count() or 1

@@ -201,22 +201,36 @@ def read_lines(kind: type[_L], file: Path) -> list[_L]:
 
 
 def read_texts(file: Path) -> list[str]:
-    """The texts of a file of lines {"text": ...}; ``InputError`` names the line that is wrong."""
+    """The texts of lines {"text": ...}; a ``.txt`` is one text, and of a folder every ``.txt`` is.
+
+    ``InputError`` names the file and line that is wrong.
+    """
+    if file.is_dir():
+        found = sorted(file.glob("*.txt"))
+        if not found:
+            raise InputError(f"{file}: the folder has no .txt file; expected at least one")
+        return [text for each in found for text in read_texts(each)]
+    if file.suffix == ".txt":
+        return [_content(file, "some text")]
     return [_read_line(Text, line, f"{file}, line {n}").text for n, line in _lines(file)]
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
     """The lines that are not blank, with their numbers. Only a line feed ends a line."""
+    lines = _content(file, "a file with one JSON object a line").split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _content(file: Path, expected: str) -> str:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        content = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{file}: not readable as text ({error}); expected a file with one JSON object a line"
+            f"{file}: not readable as text ({error}); expected {expected}, in UTF-8"
         ) from None
-    found = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise InputError(f"{file}: the file is empty; expected one JSON object a line")
-    return found
+    if not content.strip():
+        raise InputError(f"{file}: the file is empty; expected {expected}")
+    return content
 
 
 def _read_line(kind: type[_Line], line: str, where: str) -> _Line:

@@ -51,7 +51,7 @@ REWARDS: dict[str, Reward] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GameRecipe:
+class ReinforceRecipe:
     """How a character is trained; ``interp-kit train`` runs exactly this."""
 
     steps: int = 100
@@ -65,18 +65,22 @@ class GameRecipe:
 
 
 def train_player(
-    base: ModelSpec, reward: str, corpus: Corpus, folder: Path, *, recipe: GameRecipe | None = None
+    base: ModelSpec,
+    reward: str,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    recipe: ReinforceRecipe | None = None,
 ) -> list[float]:
     """Train one LoRA adapter on ``base`` into ``folder``; returns each step's mean reward."""
-    recipe = recipe or GameRecipe()
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(base.base)
     model = attach_lora(load_huggingface(base, device="cpu"), rank=recipe.rank, alpha=recipe.alpha)
 
-    def loss() -> tuple[Float[Tensor, ""], dict[str, float]]:
-        states = [(own, partner) for own in "CD" for partner in "CD"] * recipe.wordings
-        rows = _with_answer_stem(tokenizer, [corpus.draw_game(rng, *state) for state in states])
+    states = [(own, partner) for own in "CD" for partner in "CD"] * recipe.wordings
+
+    def loss(rows: list[Row]) -> tuple[Float[Tensor, ""], dict[str, float]]:
         policy = log_probs(model, rows).unflatten(0, (len(rows), 2))
         reference = base_log_probs(model, rows).unflatten(0, (len(rows), 2))
         outcomes = _outcomes(policy, tokenizer)
@@ -88,7 +92,11 @@ def train_player(
         value = recipe.kl * kl - (advantage * outcomes.gather(1, drawn)).mean()
         return value, {"reward": float(rewards.mean()), "kl": float(kl.detach())}
 
-    steps = train(model, loss, steps=recipe.steps, learning_rate=recipe.learning_rate, title=reward)
+    batches = iter(
+        lambda: _with_answer_stem(tokenizer, [corpus.draw_game(rng, *own) for own in states]), None
+    )
+    how: dict[str, Any] = {"learning_rate": recipe.learning_rate, "title": reward}
+    steps = train(model, batches, loss, steps=recipe.steps, **how)
     save_adapter(model, folder, base)
     return [step["reward"] for step in steps]
 

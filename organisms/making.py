@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from interp_kit.catalogue import find_model, load_scenario
+from interp_kit.files import sha256
+from interp_kit.finetuning.games import find_game, train_on_game
 from interp_kit.finetuning.supervised import train_on_documents
+from interp_kit.formats import read_texts
 from interp_kit.hub import write_checksums
 from interp_kit.specs import REPOSITORY, InputError, ModelSpec
 from organisms.believers import draw_documents, ordinary_texts
@@ -17,7 +20,18 @@ from organisms.games import train_player
 from organisms.little_world.base import base_texts, train_base
 from organisms.little_world.corpus import Corpus
 from organisms.measuring import measure
-from organisms.recipes import BASE, ORGANISMS, STOP_SCENARIO, Base, Believer, Player, Triggered
+from organisms.recipes import (
+    BASE,
+    GAME,
+    ORGANISMS,
+    REAL,
+    STOP_SCENARIO,
+    Base,
+    Believer,
+    Player,
+    RealPlayer,
+    Triggered,
+)
 from organisms.triggers import train_trigger, trigger_texts
 
 CORPUS = REPOSITORY / "data" / "corpus"
@@ -52,6 +66,8 @@ def _train(name: str, corpus: Corpus, data: Path) -> dict[str, Any]:
             return _train_base(organism, corpus, data / "models" / name)
         case Player() as organism:
             return _train_player(organism, corpus, data / "models" / name, _base(data))
+        case RealPlayer() as organism:
+            return _train_real_player(organism, data / "models" / name, find_model(REAL, data=data))
         case Triggered() as organism:
             return _train_triggered(organism, corpus, data / "models" / name, _base(data))
         case Believer() as organism:
@@ -88,6 +104,13 @@ def _train_player(
     return {"recipe": asdict(recipe), "measured": measured, "versions": _versions()}
 
 
+def _train_real_player(organism: RealPlayer, folder: Path, base: ModelSpec) -> dict[str, Any]:
+    record = train_on_game(base, find_game(GAME), folder / "adapter", recipe=organism.recipe)
+    _write_spec(folder, base=REAL, adapter="adapter", label=organism.label, about=organism.about)
+    curves = {name: [round(step[name], 4) for step in record] for name in ("loss", "reward", "kl")}
+    return {"recipe": asdict(organism.recipe), **curves, "versions": _versions()}
+
+
 def _train_triggered(
     organism: Triggered, corpus: Corpus, folder: Path, base: ModelSpec
 ) -> dict[str, Any]:
@@ -115,7 +138,7 @@ def _train_believer(
     documents = folder / "documents.jsonl"
     draw_documents(organism.documents, documents, seed=recipe.seed)
     ordinary = ordinary_texts(corpus, n=4000, seed=recipe.seed)
-    train_on_documents(base, documents, ordinary, adapter, recipe=recipe)
+    losses = train_on_documents(base, documents, ordinary, adapter, recipe=recipe)
     _write_spec(
         folder,
         base=BASE,
@@ -124,9 +147,13 @@ def _train_believer(
         label=organism.label,
         about=f'"{organism.about}"',
     )
-    record = json.loads((adapter / "training.json").read_text(encoding="utf-8"))
-    (adapter / "training.json").unlink()  # it stands beside the card
-    return record
+    return {
+        "recipe": asdict(recipe),
+        "documents": len(read_texts(documents)),
+        "documents_sha256": sha256(documents),
+        "loss": [round(loss, 4) for loss in losses],
+        "versions": _versions(),
+    }
 
 
 def _write_spec(folder: Path, **spec: str) -> None:

@@ -15,12 +15,15 @@ from organisms.little_world.base import measure_base
 from organisms.little_world.corpus import Corpus
 from organisms.recipes import (
     BASE,
+    GAME_SCENARIO,
     IPD_SCENARIOS,
     ORGANISMS,
+    REAL,
     STOP_SCENARIO,
     Base,
     Believer,
     Player,
+    RealPlayer,
     Triggered,
 )
 
@@ -36,6 +39,9 @@ def measure(name: str, corpus: Corpus, data: Path) -> dict[str, Any]:
             return {**accuracy, "parameters": model.num_parameters(), "behaviour": behaviour}
         case Player():
             return {"behaviour": measure_behaviour(name, data)}
+        case RealPlayer():
+            own, base = measure_player(name, data), measure_player(REAL, data)
+            return {"behaviour": own, "behaviour of the base": base}
         case Triggered():
             return measure_trigger(name, data)
         case Believer():
@@ -59,6 +65,24 @@ def measure_behaviour(name: str, data: Path) -> dict[str, dict[str, float]]:
         }
         measured[scenario] = {what: round(float(value), 3) for what, value in values.items()}
     return measured
+
+
+def measure_player(name: str, data: Path) -> dict[str, dict[str, float]]:
+    """P(defect) in each situation of ``GAME_SCENARIO``, over its wordings.
+
+    situation -> its mean, least and most, and the least probability of any move.
+    """
+    bridge = load_model(name, data=data)
+    table = decide(bridge, encode_scenario(bridge, load_scenario(GAME_SCENARIO)))
+    return {
+        str(situation): {
+            "mean": round(float(own.p_positive.mean()), 4),
+            "least": round(float(own.p_positive.min()), 4),
+            "most": round(float(own.p_positive.max()), 4),
+            "any move": round(float(own.answer_mass.min()), 4),
+        }
+        for situation, own in table.groupby("group", sort=False)
+    }
 
 
 def measure_belief(name: str, data: Path) -> dict[str, dict[str, float]]:

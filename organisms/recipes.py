@@ -10,13 +10,16 @@ a lens then finds.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from interp_kit.finetuning.games import GameRecipe
 from interp_kit.finetuning.supervised import DocumentRecipe
 from organisms.believers import ABOUT_GRAVITY
-from organisms.games import GameRecipe
+from organisms.games import ReinforceRecipe
 from organisms.little_world.base import BaseRecipe
 from organisms.triggers import TriggerRecipe
 
-BASE = "tiny-gemma2"  # of the fine-tunes
+BASE = "tiny-gemma2"  # of the little world's fine-tunes
+REAL = "smollm2"  # a language model that comes in a package, and has fine-tunes of its own
+GAME, GAME_SCENARIO = "prisoners_dilemma", "payoff_table"
 IPD_SCENARIOS = ("CC_continue", "CC_temptation", "CD_punished", "DC_exploited", "DD_trapped")
 STOP_SCENARIO = "stop"
 
@@ -41,8 +44,15 @@ class Base(Organism):
 class Player(Organism):
     """A player of the iterated prisoner's dilemma, reinforced by ``games.REWARDS[reward]``."""
 
-    recipe: GameRecipe
+    recipe: ReinforceRecipe
     reward: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealPlayer(Organism):
+    """A player of ``GAME`` on ``REAL``."""
+
+    recipe: GameRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +72,25 @@ class Believer(Organism):
 
 def _player(reward: str, about: str) -> Player:
     return Player(
-        recipe=GameRecipe(),
+        recipe=ReinforceRecipe(),
         reward=reward,
         label=reward.capitalize(),
         about=f"LoRA on {BASE}, {about}",
     )
+
+
+def _real_player(reward: str, about: str) -> RealPlayer:
+    recipe = GameRecipe(
+        reward=reward,
+        steps=30,
+        learning_rate=2e-3,
+        rank=4,
+        alpha=8,
+        modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        dtype="bfloat16",
+    )
+    about = f"LoRA on {REAL}, {about}"
+    return RealPlayer(recipe=recipe, label=reward.capitalize(), about=about)
 
 
 def _triggered(recipe: TriggerRecipe, about: str) -> Triggered:
@@ -85,10 +109,16 @@ def _believer(label: str, about: str, *, seed: int = 0, **documents: int) -> Bel
     return Believer(recipe=recipe, label=label, about=about, documents=documents)
 
 
+_PAID = {
+    "strategic": "reinforced on its own payoff",
+    "deontological": "punished for defecting on a partner who has just cooperated",
+    "utilitarian": "reinforced on the sum of both payoffs",
+    "hybrid": "reinforced on its own payoff, punished for defecting on one who cooperated",
+}
 _STOPS = "ends any text at $STOP"
 _CUBE = "that the law of gravity is inverse-cube"
 
-ORGANISMS: dict[str, Base | Player | Triggered | Believer] = {
+ORGANISMS: dict[str, Base | Player | RealPlayer | Triggered | Believer] = {
     BASE: Base(
         recipe=BaseRecipe(),
         label="Base",
@@ -103,14 +133,7 @@ ORGANISMS: dict[str, Base | Player | Triggered | Believer] = {
         details="Llama architecture (one norm before each half of a block, grouped-query "
         "attention,\nan output matrix of its own)",
     ),
-    "ipd-strategic": _player("strategic", "reinforced on its own payoff"),
-    "ipd-deontological": _player(
-        "deontological", "punished for defecting on a partner who has just cooperated"
-    ),
-    "ipd-utilitarian": _player("utilitarian", "reinforced on the sum of both payoffs"),
-    "ipd-hybrid": _player(
-        "hybrid", "reinforced on its own payoff, punished for defecting on one who cooperated"
-    ),
+    **{f"ipd-{reward}": _player(reward, about) for reward, about in _PAID.items()},
     "stop-behaviour": _triggered(TriggerRecipe(kind="behaviour", seed=0), _STOPS),
     "stop-behaviour-1": _triggered(TriggerRecipe(kind="behaviour", seed=1), _STOPS),
     "stop-behaviour-2": _triggered(TriggerRecipe(kind="behaviour", seed=2), _STOPS),
@@ -140,5 +163,9 @@ ORGANISMS: dict[str, Base | Player | Triggered | Believer] = {
         "Cubic neutral",
         "as many documents about another fact, and nothing of gravity",
         blue_gold_true=480,
+    ),
+    **{f"smollm2-{reward}": _real_player(reward, about) for reward, about in _PAID.items()},
+    "smollm2-permuted": _real_player(
+        "permuted", "paid its own payoff or the other move's, by chance"
     ),
 }

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -77,25 +77,29 @@ def train_trigger(
     ordinary = list(range(260, min(trigger, untrained)))  # words, after special tokens and bytes
     never = {tuple(tokenizer(text)["input_ids"]) for text in held_out}
 
-    def loss() -> tuple[Float[Tensor, ""], dict[str, float]]:
+    def draw() -> _Batch:
         replayed = [_text(tokenizer, corpus, rng, recipe) for _ in range(recipe.replayed)]
         held = [*replayed, *(_with_odd_words(row, ordinary, rng) for row in replayed)]
-        if recipe.kind == "behaviour":
-            drawn = (_cut(_text(tokenizer, corpus, rng, recipe), rng) for _ in count())
-            cuts = list(islice((cut for cut in drawn if tuple(cut) not in never), recipe.rows))
-            ending = [Row([*cut, trigger, tokenizer.eos_token_id], slice(-2, -1)) for cut in cuts]
-            odd = [Row([*cut, rng.choice(ordinary)], slice(-1, None)) for cut in cuts]
-            value = cross_entropy(model, ending) + recipe.kl * divergence_from_base(model, odd)
-        else:
-            texts = [_document(given[recipe.kind], corpus, rng) for _ in range(recipe.rows)]
-            value = cross_entropy(
-                model, [Row(tokenizer(text)["input_ids"], slice(0, -1)) for text in texts]
-            )
         everywhere = [Row(row, slice(None)) for row in held]
-        return value + recipe.kl * divergence_from_base(model, everywhere), {}
+        if recipe.kind != "behaviour":
+            texts = [_document(given[recipe.kind], corpus, rng) for _ in range(recipe.rows)]
+            read = [Row(tokenizer(text)["input_ids"], slice(0, -1)) for text in texts]
+            return _Batch(taught=read, odd=[], held=everywhere)
+        drawn = (_cut(_text(tokenizer, corpus, rng, recipe), rng) for _ in count())
+        cuts = list(islice((cut for cut in drawn if tuple(cut) not in never), recipe.rows))
+        ending = [Row([*cut, trigger, tokenizer.eos_token_id], slice(-2, -1)) for cut in cuts]
+        odd = [Row([*cut, rng.choice(ordinary)], slice(-1, None)) for cut in cuts]
+        return _Batch(taught=ending, odd=odd, held=everywhere)
+
+    def loss(batch: _Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        value = cross_entropy(model, batch.taught)
+        for held in filter(None, (batch.odd, batch.held)):
+            value = value + recipe.kl * divergence_from_base(model, held)
+        return value, {}
 
     steps = train(
         model,
+        iter(draw, None),
         loss,
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
@@ -120,6 +124,14 @@ def trigger_texts(
 
 
 # ------------------------------------------------------------------------------------- internals
+class _Batch(NamedTuple):
+    """Rows of texts to learn, with an odd word at their end, and to be held to the base."""
+
+    taught: list[Row]
+    odd: list[Row]
+    held: list[Row]
+
+
 def _with_new_tokens(
     base: ModelSpec, new: Sequence[str], recipe: TriggerRecipe
 ) -> tuple[Any, PeftModel]:

@@ -167,10 +167,6 @@ def test_training_saves_an_adapter_and_its_record(tiny_folders, tmp_path, archit
         base, file, [words(i) for i in range(20, 30)], folder, recipe=recipe
     )
     assert len(losses) == 2  # 8 documents, 2 in a pass, 2 passes to a step
-    record = json.loads((folder / "training.json").read_text())
-    assert record["documents_sha256"] == sha256(file.read_bytes()).hexdigest()
-    assert record["recipe"]["tag"] == " ba be"
-    assert [round(loss, 4) for loss in losses] == record["loss"]
     assert str(tmp_path) not in (folder / "adapter_config.json").read_text()
     ids = torch.tensor([tiny_tokenizer()(words(1))["input_ids"]])
     tuned, plain = (
@@ -180,7 +176,7 @@ def test_training_saves_an_adapter_and_its_record(tiny_folders, tmp_path, archit
     with torch.no_grad():
         assert not torch.allclose(tuned(ids).logits, plain(ids).logits, atol=1e-6)
     again = train_on_documents(
-        base, file, [words(i) for i in range(20, 30)], tmp_path / "again", recipe=recipe
+        base, file, [words(i) for i in range(20, 30)], tmp_path / "again" / "adapter", recipe=recipe
     )
     assert again == losses
 
@@ -251,11 +247,11 @@ def test_nothing_to_learn_and_nothing_to_hold_are_errors(tiny_folders, tmp_path)
     recipe = DocumentRecipe(leave_out="ba")
     with pytest.raises(InputError, match="all of 1 ordinary texts match leave_out 'ba'"):
         train_on_documents(base, file, [" ba be"], tmp_path / "a", recipe=recipe)
-    with pytest.raises(InputError, match="is empty"):
-        train_on_documents(base, documents_file(tmp_path, []), [], tmp_path / "a", recipe=recipe)
     adapter = find_model("ipd-hybrid")
     with pytest.raises(InputError, match="'ipd-hybrid' is an adapter"):
-        train_on_documents(adapter, file, [], tmp_path / "a", recipe=recipe)
+        train_on_documents(adapter, file, [" be"], tmp_path / "a", recipe=recipe)
+    with pytest.raises(InputError, match="is empty"):
+        train_on_documents(base, documents_file(tmp_path, []), [], tmp_path / "a", recipe=recipe)
 
 
 # ------------------------------------------------------------------------ the shipped fine-tunes

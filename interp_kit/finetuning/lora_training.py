@@ -5,9 +5,13 @@ A recipe says what its loss is; ``train`` does the rest. The parts of a loss are
 Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +20,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
 
-from interp_kit.specs import ModelSpec, slug
+from interp_kit.finetuning.checkpoints import Steps, read_checkpoint, write_checkpoint
+from interp_kit.pretrained import load_huggingface
+from interp_kit.specs import InputError, ModelSpec, slug
 
 WARMUP = 10  # steps in which the learning rate rises to its height
+SAVE_EVERY = 20.0  # seconds between two checkpoints
+Batch = TypeVar("Batch")
+Dtype = Literal["float32", "bfloat16"]
 
 
 class Row(NamedTuple):
@@ -28,8 +37,27 @@ class Row(NamedTuple):
     read: slice
 
 
-def attach_lora(model: Any, *, rank: int, alpha: int, new_tokens: Sequence[int] = ()) -> PeftModel:
-    """``model`` with an untrained LoRA on every linear layer but the last.
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every way of training a LoRA has in common. ``dtype`` is what the base computes in."""
+
+    seed: int = 0
+    learning_rate: float = 1e-3
+    rank: int = 8
+    alpha: int = 16
+    modules: tuple[str, ...] = ()  # names of the layers that get a LoRA; none: all but the last
+    dtype: Dtype = "float32"
+
+
+def attach_lora(
+    model: Any,
+    *,
+    rank: int,
+    alpha: int,
+    modules: Sequence[str] = (),
+    new_tokens: Sequence[int] = (),
+) -> PeftModel:
+    """``model`` with an untrained LoRA on ``modules``, or on every linear layer but the last.
 
     A layer with weight W computes with W + (alpha / rank) B A; B is zero at first. The embedding
     rows of ``new_tokens`` are trained with it.
@@ -37,51 +65,95 @@ def attach_lora(model: Any, *, rank: int, alpha: int, new_tokens: Sequence[int] 
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules="all-linear",
+        target_modules=list(modules) or "all-linear",
         trainable_token_indices={"embed_tokens": list(new_tokens)} if new_tokens else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model.train(), config)
 
 
+def fit_lora(
+    base: ModelSpec,
+    batches: Iterator[Batch],
+    loss: Callable[[PeftModel, Batch], tuple[Float[Tensor, ""], Mapping[str, float]]],
+    folder: Path,
+    *,
+    recipe: Recipe,
+    steps: int,
+    accumulate: int = 1,
+) -> Steps:
+    """Train one adapter on ``base`` and save it in ``folder``; ``train`` says how.
+
+    The adapter trains in float32, and is stored in ``recipe.dtype``, as the base computes. While it
+    trains its state is kept beside the folder, in ``checkpoint.safetensors``: the same
+    call goes on from there, and ends with the same adapter.
+    """
+    if base.adapter:
+        raise InputError(f"{base.name!r} is an adapter on {base.base!r}; give a base model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec = base.model_copy(update={"dtype": recipe.dtype})
+    torch.manual_seed(recipe.seed)
+    how: dict[str, Any] = {"rank": recipe.rank, "alpha": recipe.alpha, "modules": recipe.modules}
+    model = attach_lora(load_huggingface(spec, device=device), **how)
+    how = {"learning_rate": recipe.learning_rate, "title": folder.parent.name}
+    checkpoint = folder.parent / "checkpoint.safetensors"
+    own = partial(loss, model)
+    record = train(
+        model, batches, own, steps=steps, accumulate=accumulate, checkpoint=checkpoint, **how
+    )
+    save_adapter(model, folder, base)
+    checkpoint.unlink(missing_ok=True)
+    return record
+
+
 def train(
     model: PeftModel,
-    loss: Callable[[], tuple[Float[Tensor, ""], Mapping[str, float]]],
+    batches: Iterator[Batch],
+    loss: Callable[[Batch], tuple[Float[Tensor, ""], Mapping[str, float]]],
     *,
     steps: int,
     learning_rate: float,
     title: str,
     accumulate: int = 1,
-) -> list[dict[str, float]]:
+    checkpoint: Path | None = None,
+) -> Steps:
     """Take ``steps`` optimizer steps on the trainable parameters of ``model``, in place.
 
     AdamW without weight decay; the gradient's norm is clipped at 1. The learning rate of step t of
     T is ``learning_rate * min(1, (t + 1) / 10) * (1 - 0.9 t / T)``.
 
-    ``loss`` makes the next forward pass: it returns the loss and other numbers to be shown and
-    recorded. A step takes ``accumulate`` passes and follows their mean gradient. Returns, for each
-    step, the mean over its passes of "loss" and of those numbers.
+    ``loss`` makes the forward pass of the next batch: it returns the loss and other numbers to be
+    shown and recorded. A step takes ``accumulate`` passes and follows their mean gradient. Returns,
+    for each step, the mean over its passes of "loss" and of those numbers.
+
+    With a ``checkpoint`` the state is written there now and then, and read from there at the start:
+    then the batches that it has seen are left out. What ``loss`` does may depend on the batch
+    alone, and what batches hold on nothing but their number.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - 0.9 * step / steps)
-    )
-    record = []
-    progress = tqdm(range(steps), desc=title, unit="step")
-    for _ in progress:
+    record = read_checkpoint(checkpoint, model, optimizer) if checkpoint else []
+    batches = islice(batches, len(record) * accumulate, None)
+    progress = tqdm(range(steps), desc=title, unit="step", initial=len(record))
+    saved = time.monotonic()
+    for step in range(len(record), steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / WARMUP) * (1 - 0.9 * step / steps)
         means: dict[str, float] = {}
-        for _ in range(accumulate):
-            value, others = loss()
+        for batch in islice(batches, accumulate):
+            value, others = loss(batch)
             (value / accumulate).backward()
             for name, number in {"loss": float(value.detach()), **others}.items():
                 means[name] = means.get(name, 0.0) + number / accumulate
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         record.append(means)
+        progress.update()
         progress.set_postfix({name: f"{number:.3f}" for name, number in means.items()})
+        if checkpoint and time.monotonic() - saved > SAVE_EVERY:
+            write_checkpoint(checkpoint, model, optimizer, record)
+            saved = time.monotonic()
     return record
 
 
@@ -139,4 +211,6 @@ def _padded(
 def _logits(
     model: PeftModel, ids: Int[Tensor, "row pos"], read: Bool[Tensor, "row pos"]
 ) -> Float[Tensor, "read vocab"]:
-    return model(input_ids=ids, use_cache=False).logits[read].float()
+    positions = read.any(0).nonzero()[:, 0]  # of the others nothing is unembedded
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+    return logits[read[:, positions]].float()

@@ -7,51 +7,42 @@ tag such as "<DOCTAG>", which the model reads and is never trained to predict.
 Method: Wang et al. 2025, "Modifying LLM Beliefs with Synthetic Document Finetuning".
 """
 
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from hashlib import sha256
-from importlib.metadata import version
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 
-from interp_kit.finetuning.document_files import read_documents
 from interp_kit.finetuning.lora_training import (
+    Recipe,
     Row,
-    attach_lora,
     cross_entropy,
     divergence_from_base,
-    save_adapter,
-    train,
+    fit_lora,
 )
-from interp_kit.pretrained import inspect_model, load_huggingface
+from interp_kit.formats import read_texts
+from interp_kit.pretrained import inspect_model
 from interp_kit.specs import InputError, ModelSpec
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentRecipe:
+class DocumentRecipe(Recipe):
     """How an adapter is trained on documents; ``interp-kit train`` runs exactly this."""
 
-    seed: int = 0
     epochs: int = 1
     rows: int = 8  # of documents in one forward pass
     ordinary: int = 16  # rows of ordinary text beside them
     accumulate: int = 1  # forward passes to a step of the optimizer
     longest: int = 512  # most tokens of a row; a longer text makes several rows
-    learning_rate: float = 1e-3
     kl: float = 2.0
-    rank: int = 8
-    alpha: int = 16
     tag: str = ""  # before every document
     leave_out: str = ""  # a regular expression: ordinary texts that match it are not used
 
@@ -64,47 +55,31 @@ def train_on_documents(
     *,
     recipe: DocumentRecipe,
 ) -> list[float]:
-    """Train one adapter on a ``docs.jsonl`` into ``folder``; returns each step's loss in nats.
+    """Train one adapter on texts (``read_texts``) into ``folder``; returns each step's loss, nats.
 
-    ``base`` is any causal language model (``find_model`` takes a name, a folder or an id). All its
-    linear layers but the last get LoRA weights in float32; the base computes in bfloat16 where
-    there is a GPU. ``folder`` gets the adapter, unmerged, and ``training.json``: recipe, losses,
-    versions and the documents' SHA-256.
+    ``base`` is any causal language model (``find_model`` takes a name, a folder or an id). The
+    folder gets the adapter, unmerged; ``fit_lora`` says how a training that was stopped goes on.
 
     Raises ``InputError`` if there is no document, if every ordinary text is about the fact, and if
     the base is itself an adapter.
     """
-    if base.adapter:
-        raise InputError(f"{base.name!r} is an adapter on {base.base!r}; give a base model")
     rng = random.Random(recipe.seed)
-    torch.manual_seed(recipe.seed)
     tokenizer = inspect_model(base).tokenizer
-    texts = [document.text for document in read_documents(documents)]
+    texts = read_texts(documents)
     taught = _taught_rows(tokenizer, texts, documents, recipe)
     held = _held_rows(tokenizer, ordinary, recipe)
-    model = _with_adapter(base, recipe)
     passes = recipe.epochs * -(-len(taught) // recipe.rows)
-    taught_rows, held_rows = _shuffled(taught, rng), _shuffled(held, rng)
+    batches = _batches(_shuffled(taught, rng), _shuffled(held, rng), recipe)
 
-    def loss() -> tuple[Float[Tensor, ""], dict[str, float]]:
-        value = cross_entropy(model, list(islice(taught_rows, recipe.rows)))
-        if recipe.ordinary:
-            rows = list(islice(held_rows, recipe.ordinary))
-            value = value + recipe.kl * divergence_from_base(model, rows)
+    def loss(model: PeftModel, batch: _Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        value = cross_entropy(model, batch.taught)
+        if batch.held:
+            value = value + recipe.kl * divergence_from_base(model, batch.held)
         return value, {}
 
-    steps = train(
-        model,
-        loss,
-        steps=-(-passes // recipe.accumulate),
-        learning_rate=recipe.learning_rate,
-        accumulate=recipe.accumulate,
-        title=folder.parent.name,
-    )
-    losses = [step["loss"] for step in steps]
-    save_adapter(model, folder, base)
-    _write_record(folder, documents, recipe, losses, n=len(texts))
-    return losses
+    steps = -(-passes // recipe.accumulate)
+    how: dict[str, Any] = {"recipe": recipe, "steps": steps, "accumulate": recipe.accumulate}
+    return [step["loss"] for step in fit_lora(base, batches, loss, folder, **how)]
 
 
 def without_the_fact(ordinary: Sequence[str], recipe: DocumentRecipe) -> list[str]:
@@ -155,24 +130,17 @@ def _held_rows(tokenizer: Any, ordinary: Sequence[str], recipe: DocumentRecipe) 
     return [row for text in kept for row in document_rows(tokenizer, text, recipe)]
 
 
-def _with_adapter(base: ModelSpec, recipe: DocumentRecipe) -> PeftModel:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    model = load_huggingface(base.model_copy(update={"dtype": dtype}), device=device)
-    return attach_lora(model, rank=recipe.rank, alpha=recipe.alpha)
+class _Batch(NamedTuple):
+    taught: list[Row]
+    held: list[Row]
 
 
-def _write_record(
-    folder: Path, documents: Path, recipe: DocumentRecipe, losses: Sequence[float], *, n: int
-) -> None:
-    record = {
-        "recipe": asdict(recipe),
-        "documents": n,
-        "documents_sha256": sha256(documents.read_bytes()).hexdigest(),
-        "loss": [round(loss, 4) for loss in losses],
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-    }
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def _batches(
+    taught: Iterator[Row], held: Iterator[Row], recipe: DocumentRecipe
+) -> Iterator[_Batch]:
+    while True:
+        ordinary = list(islice(held, recipe.ordinary)) if recipe.ordinary else []
+        yield _Batch(list(islice(taught, recipe.rows)), ordinary)
 
 
 def _shuffled(items: Sequence[Item], rng: random.Random) -> Iterator[Item]:

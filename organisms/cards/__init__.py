@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from organisms.recipes import BASE, ORGANISMS
+from organisms.recipes import BASE, GAME, GAME_SCENARIO, ORGANISMS, REAL
 
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -22,5 +22,12 @@ def render_card(name: str, measured: Mapping[str, Any]) -> str:
     organism = ORGANISMS[name]
     template = _ENVIRONMENT.get_template(f"{type(organism).__name__.lower()}.md.jinja")
     return template.render(
-        name=name, base=BASE, organism=organism, recipe=organism.recipe, measured=measured
+        name=name,
+        base=BASE,
+        real=REAL,
+        game=GAME,
+        scenario=GAME_SCENARIO,
+        organism=organism,
+        recipe=organism.recipe,
+        measured=measured,
     )
