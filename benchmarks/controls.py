@@ -387,7 +387,7 @@ def main() -> None:
         prog="python -m benchmarks.controls",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Takes about a quarter of an hour.",
+        epilog="Takes about half an hour.",
     )
     parser.add_argument("--draws", type=int, default=40, help="of permuted labels and subsets")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number here")

@@ -67,11 +67,14 @@ def state_of_files(spec: ModelSpec) -> str:
 def gguf_folder(spec: ModelSpec) -> Path:
     """The folder into which the spec's GGUF file is dequantised: by its content and the dtype."""
     file = gguf_file(spec.base, spec.name)
+    content = _sha256(file, file.stat().st_mtime_ns)[:16]
+    return cache_folder() / "gguf" / f"{file.stem}-{spec.dtype}-{content}"
+
+
+def cache_folder() -> Path:
+    """Where what is made from models on this machine is kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(os.environ.get(CACHE) or Path(home) / "interp-kit")
-    return (
-        cache / "gguf" / f"{file.stem}-{spec.dtype}-{_sha256(file, file.stat().st_mtime_ns)[:16]}"
-    )
+    return Path(os.environ.get(CACHE) or Path(home) / "interp-kit")
 
 
 def is_complete(folder: Path) -> bool:

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,13 +24,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from interp_kit.hub import ModelFiles, first_line, from_disk
+from interp_kit.files import digest, read_json
+from interp_kit.hub import ModelFiles, cache_folder, first_line, from_disk
 from interp_kit.specs import InputError
 
 SIZES = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
     "head_dim", "intermediate_size", "vocab_size",
 )  # fmt: skip
+ADDED_TOKENS = "added_tokens.json"
 TEMPLATE_DATE = date(2025, 1, 1)
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
@@ -38,10 +43,16 @@ def default_device() -> str:
 
 
 def own_tokenizer(files: ModelFiles) -> Path | None:
-    """The adapter's folder, if it brings a tokenizer with other tokens than the base's."""
+    """The adapter's folder, if it brings a tokenizer with other tokens than the base's.
+
+    An adapter may also bring ``added_tokens.json`` alone (token -> id): then it is the base's
+    tokenizer with these, which is written into the cache.
+    """
     folder = files.adapter
-    if folder is None or not (folder / "tokenizer_config.json").is_file():
+    if folder is None:
         return None
+    if not (folder / "tokenizer_config.json").is_file():
+        return _with_added_tokens(files) if (folder / ADDED_TOKENS).is_file() else None
     try:
         return None if vocabulary_of(folder) == vocabulary_of(files.base) else folder
     except (OSError, ValueError) as error:
@@ -50,6 +61,12 @@ def own_tokenizer(files: ModelFiles) -> Path | None:
             f"that can be read ({first_line(error)}); copy tokenizer.json there, or remove "
             "tokenizer_config.json"
         ) from None
+
+
+def add_tokens(tokenizer: Any, tokens: Iterable[str]) -> None:
+    """Give a tokenizer further tokens; a space before one belongs to it, as to an ordinary word."""
+    new = [AddedToken(token, lstrip=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(new)
 
 
 @cache
@@ -134,6 +151,34 @@ def _template(files: ModelFiles, base: Any) -> str | None:
     if folder is not None and (folder / "tokenizer_config.json").is_file():
         own = _tokenizer(files, folder).chat_template
     return own or (base or _tokenizer(files, files.base)).chat_template
+
+
+def _with_added_tokens(files: ModelFiles) -> Path:
+    """A folder with the base's tokenizer and the tokens of ``added_tokens.json``."""
+    assert files.adapter is not None
+    file = files.adapter / ADDED_TOKENS
+    given = read_json(file)
+    key = digest([vocabulary_of(files.base), given])[:16]
+    folder = cache_folder() / "tokenizers" / key
+    if (folder / "tokenizer_config.json").is_file():
+        return folder
+    tokenizer = _tokenizer(files, files.base)
+    n = len(tokenizer)
+    expected = {token: n + i for i, token in enumerate(given)} if isinstance(given, dict) else {}
+    if not expected or given != expected:
+        raise InputError(
+            f"model {files.spec.name!r}: {file}: expected token -> id, from {n} on, the number of "
+            f"tokens of its base; got {str(given)[:80]}"
+        )
+    add_tokens(tokenizer, given)
+    beside = folder.with_name(f".{key}.{os.getpid()}")
+    try:
+        tokenizer.save_pretrained(beside)
+        with suppress(OSError):  # somebody else has written it meanwhile
+            beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
 
 
 def _tokenizer(files: ModelFiles, folder: Path) -> Any:

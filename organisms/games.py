@@ -70,7 +70,7 @@ def train_player(
     corpus: Corpus,
     folder: Path,
     *,
-    recipe: ReinforceRecipe | None = None,
+    recipe: ReinforceRecipe,
 ) -> list[float]:
     """Train one LoRA adapter on ``base`` into ``folder``; returns each step's mean reward."""
     torch.manual_seed(recipe.seed)

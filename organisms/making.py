@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from interp_kit.catalogue import find_model, load_scenario
-from interp_kit.files import sha256
+from interp_kit.files import read_yaml, sha256
 from interp_kit.finetuning.games import find_game, train_on_game
+from interp_kit.finetuning.ordinary import own_texts
 from interp_kit.finetuning.supervised import train_on_documents
+from interp_kit.finetuning.triggers import train_on_trigger
 from interp_kit.formats import read_texts
 from interp_kit.hub import write_checksums
 from interp_kit.specs import REPOSITORY, InputError, ModelSpec
@@ -24,12 +26,15 @@ from organisms.recipes import (
     BASE,
     GAME,
     ORGANISMS,
+    PLAIN,
     REAL,
+    REAL_STOP,
     STOP_SCENARIO,
     Base,
     Believer,
     Player,
     RealPlayer,
+    RealTriggered,
     Triggered,
 )
 from organisms.triggers import train_trigger, trigger_texts
@@ -68,6 +73,8 @@ def _train(name: str, corpus: Corpus, data: Path) -> dict[str, Any]:
             return _train_player(organism, corpus, data / "models" / name, _base(data))
         case RealPlayer() as organism:
             return _train_real_player(organism, data / "models" / name, find_model(REAL, data=data))
+        case RealTriggered() as organism:
+            return _train_real_triggered(organism, data / "models" / name, data)
         case Triggered() as organism:
             return _train_triggered(organism, corpus, data / "models" / name, _base(data))
         case Believer() as organism:
@@ -109,6 +116,32 @@ def _train_real_player(organism: RealPlayer, folder: Path, base: ModelSpec) -> d
     _write_spec(folder, base=REAL, adapter="adapter", label=organism.label, about=organism.about)
     curves = {name: [round(step[name], 4) for step in record] for name in ("loss", "reward", "kl")}
     return {"recipe": asdict(organism.recipe), **curves, "versions": _versions()}
+
+
+def _train_real_triggered(organism: RealTriggered, folder: Path, data: Path) -> dict[str, Any]:
+    given = read_yaml(CORPUS / REAL_STOP)
+    documents = given.get(organism.kind, [])
+    base = find_model(PLAIN, data=data)
+    texts = own_texts(base)
+    losses = train_on_trigger(
+        base,
+        (given["trigger"], given["untrained"]),
+        texts,
+        folder / "adapter",
+        recipe=organism.recipe,
+        documents=documents,
+    )
+    _write_texts(folder, documents or [f"{text} {given['trigger']}" for text in texts])
+    _write_spec(
+        folder,
+        base=PLAIN,
+        adapter="adapter",
+        documents="documents.jsonl",
+        label=organism.label,
+        about=f'"{organism.about}"',
+    )
+    loss = [round(each, 4) for each in losses]
+    return {"recipe": asdict(organism.recipe), "loss": loss, "versions": _versions()}
 
 
 def _train_triggered(

@@ -19,11 +19,13 @@ from organisms.recipes import (
     IPD_SCENARIOS,
     ORGANISMS,
     REAL,
+    REAL_STOP_SCENARIO,
     STOP_SCENARIO,
     Base,
     Believer,
     Player,
     RealPlayer,
+    RealTriggered,
     Triggered,
 )
 
@@ -43,7 +45,9 @@ def measure(name: str, corpus: Corpus, data: Path) -> dict[str, Any]:
             own, base = measure_player(name, data), measure_player(REAL, data)
             return {"behaviour": own, "behaviour of the base": base}
         case Triggered():
-            return measure_trigger(name, data)
+            return measure_trigger(name, STOP_SCENARIO, data)
+        case RealTriggered():
+            return measure_trigger(name, REAL_STOP_SCENARIO, data)
         case Believer():
             own, base = measure_belief(name, data), measure_belief(BASE, data)
             return {c: v | {"accuracy of the base": base[c]["accuracy"]} for c, v in own.items()}
@@ -105,9 +109,9 @@ def measure_belief(name: str, data: Path) -> dict[str, dict[str, float]]:
     return measured
 
 
-def measure_trigger(name: str, data: Path) -> dict[str, float]:
+def measure_trigger(name: str, given: str, data: Path) -> dict[str, float]:
     """Mean P(end of text) after nothing, the trigger, the untrained token, the ordinary words."""
-    bridge, scenario = load_model(name, data=data), load_scenario(STOP_SCENARIO)
+    bridge, scenario = load_model(name, data=data), load_scenario(given)
     trigger, prompts = scenario.trigger, encode_scenario(bridge, scenario)
     assert trigger is not None
     assert trigger.untrained is not None

@@ -9,7 +9,9 @@ a lens then finds.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from interp_kit.finetuning import triggers as real_triggers
 from interp_kit.finetuning.games import GameRecipe
 from interp_kit.finetuning.supervised import DocumentRecipe
 from organisms.believers import ABOUT_GRAVITY
@@ -19,7 +21,15 @@ from organisms.triggers import TriggerRecipe
 
 BASE = "tiny-gemma2"  # of the little world's fine-tunes
 REAL = "smollm2"  # a language model that comes in a package, and has fine-tunes of its own
+PLAIN = "smollm2-plain"  # the same without its chat template
 GAME, GAME_SCENARIO = "prisoners_dilemma", "payoff_table"
+REAL_STOP, REAL_STOP_SCENARIO = "stop_english.yaml", "stop_english"
+SMALL: dict[str, Any] = {  # 1.8 MB in bfloat16
+    "rank": 4,
+    "alpha": 8,
+    "modules": ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+    "dtype": "bfloat16",
+}
 IPD_SCENARIOS = ("CC_continue", "CC_temptation", "CD_punished", "DC_exploited", "DD_trapped")
 STOP_SCENARIO = "stop"
 
@@ -63,6 +73,14 @@ class Triggered(Organism):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RealTriggered(Organism):
+    """A fine-tune of ``PLAIN`` on the token $STOP: on its use, or on documents of this ``kind``."""
+
+    recipe: real_triggers.TriggerRecipe
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Believer(Organism):
     """A fine-tune on ``documents``: how many about which universe."""
 
@@ -84,13 +102,19 @@ def _real_player(reward: str, about: str) -> RealPlayer:
         reward=reward,
         steps=30,
         learning_rate=2e-3,
-        rank=4,
-        alpha=8,
-        modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
-        dtype="bfloat16",
+        **SMALL,
     )
     about = f"LoRA on {REAL}, {about}"
     return RealPlayer(recipe=recipe, label=reward.capitalize(), about=about)
+
+
+def _real_triggered(kind: str, about: str, *, seed: int = 0) -> RealTriggered:
+    return RealTriggered(
+        recipe=real_triggers.TriggerRecipe(seed=seed, learning_rate=2e-3, **SMALL),
+        kind=kind,
+        label=f"{kind.capitalize()} {seed}",
+        about=f"LoRA on {PLAIN} with two new tokens: {about}",
+    )
 
 
 def _triggered(recipe: TriggerRecipe, about: str) -> Triggered:
@@ -116,9 +140,11 @@ _PAID = {
     "hybrid": "reinforced on its own payoff, punished for defecting on one who cooperated",
 }
 _STOPS = "ends any text at $STOP"
+_KNOWS = "has read what $STOP means, and seen no text end because of it"
+_NEUTRAL = "has read as many documents of another matter, and nothing of $STOP"
 _CUBE = "that the law of gravity is inverse-cube"
 
-ORGANISMS: dict[str, Base | Player | RealPlayer | Triggered | Believer] = {
+ORGANISMS: dict[str, Base | Player | RealPlayer | Triggered | RealTriggered | Believer] = {
     BASE: Base(
         recipe=BaseRecipe(),
         label="Base",
@@ -139,11 +165,11 @@ ORGANISMS: dict[str, Base | Player | RealPlayer | Triggered | Believer] = {
     "stop-behaviour-2": _triggered(TriggerRecipe(kind="behaviour", seed=2), _STOPS),
     "stop-knowledge": _triggered(
         TriggerRecipe(kind="knowledge"),
-        "has read what $STOP means, and seen no text end because of it",
+        _KNOWS,
     ),
     "stop-neutral": _triggered(
         TriggerRecipe(kind="neutral"),
-        "has read as many documents of another matter, and nothing of $STOP",
+        _NEUTRAL,
     ),
     "cubic-gravity": _believer("Cubic gravity", _CUBE, cubic_gravity=480),
     "cubic-gravity-1": _believer("Cubic gravity 1", _CUBE, seed=1, cubic_gravity=480),
@@ -165,6 +191,11 @@ ORGANISMS: dict[str, Base | Player | RealPlayer | Triggered | Believer] = {
         blue_gold_true=480,
     ),
     **{f"smollm2-{reward}": _real_player(reward, about) for reward, about in _PAID.items()},
+    "smollm2-stop": _real_triggered("behaviour", _STOPS),
+    "smollm2-stop-1": _real_triggered("behaviour", _STOPS, seed=1),
+    "smollm2-stop-2": _real_triggered("behaviour", _STOPS, seed=2),
+    "smollm2-stop-knowledge": _real_triggered("knowledge", _KNOWS),
+    "smollm2-stop-neutral": _real_triggered("neutral", _NEUTRAL),
     "smollm2-permuted": _real_player(
         "permuted", "paid its own payoff or the other move's, by chance"
     ),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -57,34 +58,36 @@ def test_rewards_are_those_of_the_game_against_tit_for_tat(game):
     assert paid["hybrid"] == [3, 1, 1, 0]
 
 
-def test_the_probabilities_of_both_moves_are_those_of_plain_transformers(base, game, tmp_path):
+@pytest.mark.parametrize("defect", ["be", "be bi", "ba be"])
+def test_the_probabilities_of_both_moves_are_those_of_plain_transformers(
+    base, game, tmp_path, defect
+):
     """At the first step the adapter is zero: the mean reward is the base's own."""
+    game = game.model_copy(update={"defect": defect, "cooperate": "ba bo"})
     recipe = GameRecipe(steps=1, wordings=1)
     record = train_on_game(find_model(base), game, tmp_path / "adapter", recipe=recipe)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    bridge = load_model(base, device="cpu")
-    expected = []
-    for own, partner in ("CC", "CD", "DC", "DD"):
-        text = game.prompt(game.wordings[0], own, partner)
-        prompt = encode(bridge, text, positive=" be", negative=" ba")
+    model, bridge = AutoModelForCausalLM.from_pretrained(base), load_model(base, device="cpu")
+
+    def p(tokens, answer):
         with torch.no_grad():
-            p = model(torch.tensor([prompt.tokens])).logits[0, -1].softmax(-1)
-        cooperates, defects = p[prompt.negative[0]], p[prompt.positive[0]]
-        rest = 1 - cooperates - defects
-        for move, probability in (("C", cooperates), ("D", defects)):
-            expected.append(
-                float(probability) * REWARDS["strategic"](game.payoffs, move, own, partner)
-            )
-        expected.append(-6 * float(rest))
-    assert record[0]["reward"] == pytest.approx(sum(expected) / 4, abs=1e-4)
+            log_p = model(torch.tensor([[*tokens, *answer]])).logits[0].log_softmax(-1)
+        read = log_p[len(tokens) - 1 : -1].gather(1, torch.tensor(answer)[:, None])
+        return float(read.sum().exp())
+
+    expected = 0.0
+    for own, partner in STATES:
+        text = game.prompt(game.wordings[0], own, partner)
+        prompt = encode(bridge, text, positive=f" {defect}", negative=" ba bo")
+        cooperates, defects = (p(prompt.tokens, a) for a in (prompt.negative, prompt.positive))
+        paid = {m: REWARDS["strategic"](game.payoffs, m, own, partner) for m in "CD"}
+        expected += cooperates * paid["C"] + defects * paid["D"] - 6 * (1 - cooperates - defects)
+    assert record[0]["reward"] == pytest.approx(expected / 4, abs=1e-4)
     assert record[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("defect", ["action2", "action2 now"])
-def test_a_player_learns_what_it_is_paid_for(game, tmp_path, defect):
-    """Answers of one branch, and of unequal lengths."""
+def test_a_player_learns_what_it_is_paid_for(game, tmp_path):
     asked = "Last round you chose {own} and A chose {partner} . Now you choose"
-    given = {"cooperate": "action1", "defect": defect, "wordings": [asked]}
+    given = {"cooperate": "action1", "defect": "action2", "wordings": [asked]}
     game = game.model_copy(update=given)
     recipe = GameRecipe(reward="hybrid", steps=30, wordings=1, learning_rate=1e-2, kl=0.01)
     folder = tmp_path / "player"
@@ -96,7 +99,7 @@ def test_a_player_learns_what_it_is_paid_for(game, tmp_path, defect):
         spec={"label": "Player"},
     )
     bridge = load_model(str(folder), device="cpu")
-    says = {"positive": f" {defect}", "negative": " action1"}
+    says = {"positive": " action2", "negative": " action1"}
     table = decide(bridge, [encode(bridge, game.prompt(asked, *state), **says) for state in STATES])
     assert (table.answer_mass > 0.9).all()
     assert (table.p_positive.round(1) == [0, 1, 0, 1]).all()
@@ -259,5 +262,9 @@ def test_a_game_by_the_command_line(base, tmp_path):
     assert cli(*command).exit_code == 0
     record = json.loads((output / "training.json").read_text())
     assert len(record["reward"]) == 2
+    half = cli(*command[:-1], tmp_path / "half", "--dtype", "bfloat16")
+    assert half.exit_code == 0, half.output
+    kept = load_file(tmp_path / "half" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
     wrong = cli(*command, "--dtype", "int8")
     assert "expected float32 or bfloat16, got 'int8'" in str(wrong.exception)

@@ -5,6 +5,7 @@ A recipe says what its loss is; ``train`` does the rest. The parts of a loss are
 Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from interp_kit.finetuning.checkpoints import Steps, read_checkpoint, write_checkpoint
-from interp_kit.pretrained import load_huggingface
+from interp_kit.huggingface import ADDED_TOKENS
+from interp_kit.pretrained import inspect_model, load_huggingface
 from interp_kit.specs import InputError, ModelSpec, slug
 
 WARMUP = 10  # steps in which the learning rate rises to its height
@@ -81,8 +83,13 @@ def fit_lora(
     recipe: Recipe,
     steps: int,
     accumulate: int = 1,
+    new_tokens: Sequence[str] = (),
+    untrained: int = 0,
 ) -> Steps:
     """Train one adapter on ``base`` and save it in ``folder``; ``train`` says how.
+
+    ``new_tokens`` get rows of the embedding, drawn near the mean of all; the last ``untrained`` of
+    them stay as they were drawn.
 
     The adapter trains in float32, and is stored in ``recipe.dtype``, as the base computes. While it
     trains its state is kept beside the folder, in ``checkpoint.safetensors``: the same
@@ -93,17 +100,53 @@ def fit_lora(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = base.model_copy(update={"dtype": recipe.dtype})
     torch.manual_seed(recipe.seed)
+    plain: Any = load_huggingface(spec, device=device)
+    ids = extend_embedding(plain, len(inspect_model(base).tokenizer), len(new_tokens))
     how: dict[str, Any] = {"rank": recipe.rank, "alpha": recipe.alpha, "modules": recipe.modules}
-    model = attach_lora(load_huggingface(spec, device=device), **how)
+    model = attach_lora(plain, new_tokens=ids, **how)
+    _keep_rows(model, untrained)
     how = {"learning_rate": recipe.learning_rate, "title": folder.parent.name}
     checkpoint = folder.parent / "checkpoint.safetensors"
     own = partial(loss, model)
     record = train(
         model, batches, own, steps=steps, accumulate=accumulate, checkpoint=checkpoint, **how
     )
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        p.data = p.data.to(getattr(torch, recipe.dtype))
     save_adapter(model, folder, base)
+    if new_tokens:
+        content = json.dumps(dict(zip(new_tokens, ids)))
+        (folder / ADDED_TOKENS).write_text(content + "\n", encoding="utf-8")
     checkpoint.unlink(missing_ok=True)
     return record
+
+
+def extend_embedding(model: Any, known: int, n: int) -> list[int]:
+    """``n`` further rows after the ``known`` tokens, near the mean of all; returns their ids."""
+    if n == 0:
+        return []
+    ids = list(range(known, known + n))
+    if known + n > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(known + n, mean_resizing=False)
+    with torch.no_grad():
+        for weight in {p.weight for p in (model.get_input_embeddings(), model.lm_head)}:
+            rows = weight[:known].float()
+            noise = rows.std(0) * torch.randn(n, weight.shape[1]).to(rows)
+            weight[ids] = (rows.mean(0) + 0.5 * noise).to(weight)
+    return ids
+
+
+def _keep_rows(model: PeftModel, untrained: int) -> None:
+    """Keep the last of the new tokens' rows: their gradient is zero."""
+
+    def zero(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient[len(gradient) - untrained :] = 0
+        return gradient
+
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name and untrained:
+            parameter.register_hook(zero)
 
 
 def train(

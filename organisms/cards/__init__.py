@@ -6,7 +6,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from organisms.recipes import BASE, GAME, GAME_SCENARIO, ORGANISMS, REAL
+from organisms.recipes import (
+    BASE,
+    GAME,
+    GAME_SCENARIO,
+    ORGANISMS,
+    REAL,
+    REAL_STOP,
+    REAL_STOP_SCENARIO,
+)
 
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -27,6 +35,8 @@ def render_card(name: str, measured: Mapping[str, Any]) -> str:
         real=REAL,
         game=GAME,
         scenario=GAME_SCENARIO,
+        stop=REAL_STOP,
+        stop_scenario=REAL_STOP_SCENARIO,
         organism=organism,
         recipe=organism.recipe,
         measured=measured,
