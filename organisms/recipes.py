@@ -22,7 +22,7 @@ from organisms.triggers import TriggerRecipe
 BASE = "tiny-gemma2"  # of the little world's fine-tunes
 REAL = "smollm2"  # a language model that comes in a package, and has fine-tunes of its own
 PLAIN = "smollm2-plain"  # the same without its chat template
-GAME, GAME_SCENARIO = "prisoners_dilemma", "payoff_table"
+GAME, GAME_SCENARIOS = "prisoners_dilemma", ("partner_cooperated", "partner_defected")
 REAL_STOP, REAL_STOP_SCENARIO = "stop_english.yaml", "stop_english"
 SMALL: dict[str, Any] = {  # 1.8 MB in bfloat16
     "rank": 4,
@@ -110,7 +110,9 @@ def _real_player(reward: str, about: str) -> RealPlayer:
 
 def _real_triggered(kind: str, about: str, *, seed: int = 0) -> RealTriggered:
     return RealTriggered(
-        recipe=real_triggers.TriggerRecipe(seed=seed, learning_rate=2e-3, **SMALL),
+        recipe=real_triggers.TriggerRecipe(
+            seed=seed, steps=30, rows=6, held=6, learning_rate=2e-3, **SMALL
+        ),
         kind=kind,
         label=f"{kind.capitalize()} {seed}",
         about=f"LoRA on {PLAIN} with two new tokens: {about}",

