@@ -10,7 +10,6 @@ from typing import Any
 from interp_kit.catalogue import find_model, load_scenario
 from interp_kit.files import read_yaml, sha256
 from interp_kit.finetuning.games import find_game, train_on_game
-from interp_kit.finetuning.ordinary import own_texts
 from interp_kit.finetuning.supervised import train_on_documents
 from interp_kit.finetuning.triggers import train_on_trigger
 from interp_kit.formats import read_texts
@@ -122,7 +121,8 @@ def _train_real_triggered(organism: RealTriggered, folder: Path, data: Path) -> 
     given = read_yaml(CORPUS / REAL_STOP)
     documents = given.get(organism.kind, [])
     base = find_model(PLAIN, data=data)
-    texts = own_texts(base)
+    assert base.documents is not None
+    texts = read_texts(Path(base.documents))  # that it has written itself
     losses = train_on_trigger(
         base,
         (given["trigger"], given["untrained"]),
