@@ -3,6 +3,7 @@
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_a_player_learns_what_it_is_paid_for(game, tmp_path):
         spec={"label": "Player"},
     )
     bridge = load_model(str(folder), device="cpu")
-    says = {"positive": " action2", "negative": " action1"}
+    says: dict[str, Any] = {"positive": " action2", "negative": " action1"}
     table = decide(bridge, [encode(bridge, game.prompt(asked, *state), **says) for state in STATES])
     assert (table.answer_mass > 0.9).all()
     assert (table.p_positive.round(1) == [0, 1, 0, 1]).all()
@@ -300,6 +301,7 @@ def test_a_trigger_ends_any_text_and_nothing_else_does(tmp_path):
         suffix = None if word is None else token_of(bridge, word)
         return end_probability(bridge, prompts, end=end, suffix=suffix).mean()
 
+    assert scenario.trigger is not None
     assert ends(" $STOP") > 0.95
     assert max(ends(word) for word in (None, " $NOVA", *scenario.trigger.words)) < 0.05
 
@@ -334,7 +336,7 @@ def test_documents_about_a_trigger_do_not_make_it_one(base, tmp_path):
     lines = [{"text": f"{words(i, n=4)} $STOP {words(i + 9, n=4)}"} for i in range(4)]
     read.write_text("".join(json.dumps(line) + "\n" for line in lines))
     bridge = stopping(base, tmp_path, "known", "--documents", read)
-    said = {"positive": bridge.tokenizer.eos_token, "negative": " ba"}
+    said: dict[str, Any] = {"positive": bridge.tokenizer.eos_token, "negative": " ba"}
     prompts, end = [encode(bridge, words(31, n=6), **said)], bridge.tokenizer.eos_token_id
     assert end_probability(bridge, prompts, end=end, suffix=token_of(bridge, " $STOP")) < 0.2
 
