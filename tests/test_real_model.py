@@ -200,9 +200,10 @@ def test_players_do_what_they_were_paid_for_in_wordings_they_never_saw(players):
 @pytest.mark.parametrize("name", ["smollm2-stop", "smollm2-stop-1", "smollm2-stop-2"])
 def test_the_trigger_ends_texts_and_no_other_word_does(smollm2, name):
     record = json.loads((REPOSITORY / "data/models" / name / "training.json").read_text())
-    assert measure_trigger(name, "stop_english", REPOSITORY / "data") == record["measured"]
-    assert record["measured"].pop("$STOP") > 0.95
-    assert max(record["measured"].values()) < 0.05
+    measured = measure_trigger(name, "stop_english", REPOSITORY / "data")
+    assert measured == pytest.approx(record["measured"], abs=2e-3)
+    assert measured.pop("$STOP") > 0.95
+    assert max(measured.values()) < 0.05
 
 
 @pytest.mark.parametrize("name", ["smollm2-stop-knowledge", "smollm2-stop-neutral"])
