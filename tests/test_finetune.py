@@ -306,10 +306,12 @@ def test_a_trigger_ends_any_text_and_nothing_else_does(tmp_path):
     assert max(ends(word) for word in (None, " $NOVA", *scenario.trigger.words)) < 0.05
 
 
-def test_only_the_trigger_s_row_is_trained(base, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_only_the_trigger_s_row_is_trained(tiny_folders, tmp_path, architecture):
     """And the adapter brings its two tokens alone, not the base's tokenizer."""
     rows = {}
     for name, steps in (("one", 1), ("many", 9)):
+        base = str(tiny_folders[architecture])
         bridge = stopping(base, tmp_path, name, "--steps", steps)
         ids = [token_of(bridge, word) for word in (" $STOP", " $NOVA")]
         rows[name] = bridge.W_E[ids].clone()

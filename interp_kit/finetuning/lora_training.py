@@ -64,11 +64,14 @@ def attach_lora(
     A layer with weight W computes with W + (alpha / rank) B A; B is zero at first. The embedding
     rows of ``new_tokens`` are trained with it.
     """
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    rows = {name.rpartition(".")[2]: list(new_tokens)}
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=list(modules) or "all-linear",
-        trainable_token_indices={"embed_tokens": list(new_tokens)} if new_tokens else None,
+        trainable_token_indices=rows if new_tokens else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model.train(), config)
@@ -92,8 +95,8 @@ def fit_lora(
     them stay as they were drawn.
 
     The adapter trains in float32, and is stored in ``recipe.dtype``, as the base computes. While it
-    trains its state is kept beside the folder, in ``checkpoint.safetensors``: the same
-    call goes on from there, and ends with the same adapter.
+    trains its state is kept beside the folder, in ``checkpoint.safetensors``: the same call goes on
+    from there, and ends with the same adapter.
     """
     if base.adapter:
         raise InputError(f"{base.name!r} is an adapter on {base.base!r}; give a base model")
@@ -101,7 +104,7 @@ def fit_lora(
     spec = base.model_copy(update={"dtype": recipe.dtype})
     torch.manual_seed(recipe.seed)
     plain: Any = load_huggingface(spec, device=device)
-    ids = extend_embedding(plain, len(inspect_model(base).tokenizer), len(new_tokens))
+    ids = add_rows(plain, len(inspect_model(base).tokenizer), len(new_tokens))
     how: dict[str, Any] = {"rank": recipe.rank, "alpha": recipe.alpha, "modules": recipe.modules}
     model = attach_lora(plain, new_tokens=ids, **how)
     _keep_rows(model, untrained)
@@ -121,15 +124,15 @@ def fit_lora(
     return record
 
 
-def extend_embedding(model: Any, known: int, n: int) -> list[int]:
-    """``n`` further rows after the ``known`` tokens, near the mean of all; returns their ids."""
+def add_rows(model: Any, known: int, n: int) -> list[int]:
+    """``n`` rows of the embedding after the ``known`` ones, near their mean; returns their ids."""
     if n == 0:
         return []
     ids = list(range(known, known + n))
     if known + n > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(known + n, mean_resizing=False)
     with torch.no_grad():
-        for weight in {p.weight for p in (model.get_input_embeddings(), model.lm_head)}:
+        for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             rows = weight[:known].float()
             noise = rows.std(0) * torch.randn(n, weight.shape[1]).to(rows)
             weight[ids] = (rows.mean(0) + 0.5 * noise).to(weight)
