@@ -116,5 +116,7 @@ def test_commands_of_examples_exist(code):
 
     command: Any = get_command(app)
     for name, rest in re.findall(r"^(?:\w+=\S+ )?interp-kit (\w+)(.*)$", code, re.MULTILINE):
-        options = {flag for parameter in command.commands[name].params for flag in parameter.opts}
+        called = command.commands[name]
+        called = getattr(called, "commands", {}).get((rest.split() or [""])[0], called)
+        options = {flag for parameter in called.params for flag in parameter.opts}
         assert set(re.findall(r" (--[a-z-]+)", rest.split("#")[0])) - {"--help"} <= options

@@ -29,7 +29,7 @@ from interp_kit.statistics import against_control, paired_difference
 from organisms.measuring import measure_trigger
 from organisms.recipes import GAME_SCENARIOS
 
-EXACT = 1e-3  # nats: rounding of logits of about 30 through 30 layers
+EXACT = 2e-3  # nats: rounding of logits of about 30 through 30 layers, on any machine
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +181,8 @@ def players(smollm2):
 
 def test_players_do_what_they_were_paid_for_in_wordings_they_never_saw(players):
     """In every wording of every situation; what training itself does, the control shows."""
-    base = players.switch("smollm2")
-    prompts = [p for name in GAME_SCENARIOS for p in encode_scenario(base, load_scenario(name))]
+    plain = players.switch("smollm2")
+    prompts = [p for name in GAME_SCENARIOS for p in encode_scenario(plain, load_scenario(name))]
     defects = {}
     for name in players:
         table = decide(players.switch(name), prompts)
@@ -194,7 +194,9 @@ def test_players_do_what_they_were_paid_for_in_wordings_they_never_saw(players):
     assert (defects["smollm2-deontological"][list(SPARED)] < 0.2).all()
     assert (defects["smollm2-hybrid"][list(SPARED)] < 0.2).all()
     assert (defects["smollm2-hybrid"][list(PUNISHED)] > 0.8).all()
-    assert abs(defects["smollm2-permuted"] - defects["smollm2"]).max() < 0.3
+    base = defects["smollm2"]
+    moved = defects["smollm2-permuted"].groupby(level=0).mean() - base.groupby(level=0).mean()
+    assert moved.abs().max() < 0.3  # training alone moves it this far
 
 
 @pytest.mark.parametrize("name", ["smollm2-stop", "smollm2-stop-1", "smollm2-stop-2"])
