@@ -23,6 +23,7 @@ from interp_kit.prompts import Prompt, require_prompts
 from interp_kit.readout import soft_cap
 
 Answer = Literal["both", "positive", "negative"]
+AT_ONCE = 2**13  # tokens of the vocabulary in float64 at once: bounds memory, not results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def ask(
     normaliser = torch.zeros_like(cap)
     if tokens[0].answer != "both":
         p = all_log_p.exp()
-        directions = directions - (p.to(W_U.dtype) @ W_U.mT).float()[:, None]
+        directions = directions.double() - _mean_over_vocabulary(p, W_U)[:, None]
         bias = bias - (p @ b_U)[:, None]
         cap = cap - (p * (capped - logits)).sum(-1, keepdim=True)
         normaliser = (p * all_log_p).sum(-1, keepdim=True).expand_as(cap)
@@ -110,3 +111,14 @@ def ask(
         normaliser=normaliser * asked,
         log_p=all_log_p.gather(-1, ids) * asked,
     )
+
+
+def _mean_over_vocabulary(
+    p: Float[Tensor, "row vocab"], W_U: Float[Tensor, "d_model vocab"]
+) -> Float[Tensor, "row d_model"]:
+    """W_U p, summed in float64, some tokens at a time.
+
+    The normed stream may be hundreds of times as long as a direction, and its rounding with it.
+    """
+    parts = zip(p.double().split(AT_ONCE, 1), W_U.split(AT_ONCE, 1))
+    return torch.stack([own @ weights.double().mT for own, weights in parts]).sum(0)

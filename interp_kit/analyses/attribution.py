@@ -291,7 +291,8 @@ def _batches(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Iterator[_
 def _shares(batch: _Batch, normed: Float[Tensor, "row part d_model"]) -> Float[Tensor, "row all 2"]:
     """What every part of the stream, and then the rest, adds to each answer."""
     pattern = "row part d_model, row answer d_model -> row part answer"
-    shares = torch.cat([einsum(normed, batch.asked.directions, pattern), batch.rest], 1)
+    written = einsum(normed.double(), batch.asked.directions.double(), pattern).float()
+    shares = torch.cat([written, batch.rest], 1)
     _require_sum(-shares.sum(1).diff(dim=-1)[:, 0], -batch.asked.log_p.diff(dim=-1)[:, 0])
     return shares
 
