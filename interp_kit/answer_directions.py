@@ -98,7 +98,7 @@ def ask(
     normaliser = torch.zeros_like(cap)
     if tokens[0].answer != "both":
         p = all_log_p.exp()
-        directions = directions.double() - _mean_over_vocabulary(p, W_U)[:, None]
+        directions = (directions.double() - _mean_over_vocabulary(p, W_U)[:, None]).float()
         bias = bias - (p @ b_U)[:, None]
         cap = cap - (p * (capped - logits)).sum(-1, keepdim=True)
         normaliser = (p * all_log_p).sum(-1, keepdim=True).expand_as(cap)
