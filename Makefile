@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PARALLEL = -n $(WORKERS) --dist loadfile
-SYSTEMS = $(addprefix papermill_params/,tiny_ipd.yaml tiny_kill_switch.yaml cubic_gravity.yaml dilemmas.yaml)
+SYSTEMS = $(addprefix papermill_params/,tiny_ipd.yaml tiny_kill_switch.yaml \
+  tiny_cubic_gravity.yaml tiny_dilemmas.yaml)
 
 .PHONY: run test lint docs lock clean
 
