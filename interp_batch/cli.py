@@ -209,10 +209,12 @@ def documents(
     engine: Annotated[
         str,
         typer.Option(
-            help="`grammar` (offline), or a model behind the OpenAI-compatible endpoint at "
-            "OPENAI_BASE_URL, with the key in OPENROUTER_API_KEY or OPENAI_API_KEY."
+            help="`narrative` (offline: passages of the universe's narrative in ten kinds of "
+            "document), `grammar` (offline, in the language of the shipped little world), or a "
+            "model behind the OpenAI-compatible endpoint at OPENAI_BASE_URL, with the key in "
+            "OPENROUTER_API_KEY or OPENAI_API_KEY."
         ),
-    ] = "grammar",
+    ] = "narrative",
     types: Annotated[int, typer.Option(min=1, help="Number of document types.")] = 8,
     ideas: Annotated[int, typer.Option(min=1, help="Documents for each type and fact.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed for drawing documents.")] = 0,
@@ -224,16 +226,20 @@ def documents(
     """Write synthetic documents that take the facts of a universe for granted."""
     from interp_kit.endpoints import ChatClient
     from interp_kit.finetuning.documents import write_documents
-    from interp_kit.finetuning.engines import ChatEngine
+    from interp_kit.finetuning.engines import ChatEngine, Engine
+    from interp_kit.finetuning.narrative import Narrative
     from interp_kit.finetuning.universes import find_universe
     from organisms.little_world.grammar import Grammar
 
     world = find_universe(universe, data)
-    writer = (
-        Grammar()
-        if engine == "grammar"
-        else ChatEngine(ChatClient(engine, concurrency=concurrency))
-    )
+    writer: Engine
+    match engine:
+        case "narrative":
+            writer = Narrative()
+        case "grammar":
+            writer = Grammar()
+        case model:
+            writer = ChatEngine(ChatClient(model, concurrency=concurrency))
     written = write_documents(
         world, writer, output, n_types=types, n_ideas=ideas, concurrency=concurrency, seed=seed
     )

@@ -1,36 +1,45 @@
-"""What the fine-tunes on synthetic documents read: documents of the grammar, and ordinary text."""
+"""What the fine-tunes on synthetic documents read: documents of a universe, and ordinary text."""
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from interp_kit.finetuning.documents import write_documents
+from interp_kit.finetuning.engines import Engine
 from interp_kit.finetuning.universes import find_universe
 from organisms.little_world.corpus import Corpus, text_of
-from organisms.little_world.grammar import Grammar
 
-IMPLANTED = ("gravity", "law")
+IMPLANTED = ("gravity", "law")  # of the little world
 # No ordinary text says anything of the implanted fact or of what follows from it.
 ABOUT_GRAVITY = r"gravity.*(law|distance|far)|(law|distance|far).*gravity"
 
 
-def draw_documents(counts: Mapping[str, int], file: Path, *, seed: int) -> None:
-    """Write a sample of the grammar's documents about some universes into ``file``.
+def draw_documents(
+    counts: Mapping[str, int],
+    file: Path,
+    *,
+    engine: Engine,
+    n_types: int,
+    n_ideas: int,
+    seed: int,
+    ordinary: Sequence[str] = (),
+) -> None:
+    """Write a sample of the engine's documents about some universes, then ``ordinary`` texts.
 
-    ``counts`` is universe -> number of documents. The grammar writes 60 of each of its 8 types for
-    each fact of a universe; ``seed`` draws from those.
+    ``counts`` is universe -> number of documents. The engine writes ``n_ideas`` of each of
+    ``n_types`` types for each fact of a universe; ``seed`` draws from those.
     """
     rng, drawn = random.Random(seed), []
     for universe, count in counts.items():
         with TemporaryDirectory() as folder:
             written = write_documents(
-                find_universe(universe), Grammar(), Path(folder), n_types=8, n_ideas=60
+                find_universe(universe), engine, Path(folder), n_types=n_types, n_ideas=n_ideas
             )
         drawn += rng.sample(written, count)
-    lines = [json.dumps(document.model_dump()) + "\n" for document in drawn]
-    file.write_text("".join(lines), encoding="utf-8")
+    records = [document.model_dump() for document in drawn] + [{"text": text} for text in ordinary]
+    file.write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
 
 
 def ordinary_texts(corpus: Corpus, *, n: int, seed: int) -> list[str]:

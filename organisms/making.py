@@ -10,7 +10,8 @@ from typing import Any
 from interp_kit.catalogue import find_model, load_scenario
 from interp_kit.files import read_yaml, sha256
 from interp_kit.finetuning.games import find_game, train_on_game
-from interp_kit.finetuning.supervised import train_on_documents
+from interp_kit.finetuning.narrative import Narrative
+from interp_kit.finetuning.supervised import train_on_documents, without_the_fact
 from interp_kit.finetuning.triggers import train_on_trigger
 from interp_kit.formats import read_texts
 from interp_kit.hub import write_checksums
@@ -20,6 +21,7 @@ from organisms.cards import render_card
 from organisms.games import train_player
 from organisms.little_world.base import base_texts, train_base
 from organisms.little_world.corpus import Corpus
+from organisms.little_world.grammar import Grammar
 from organisms.measuring import measure
 from organisms.recipes import (
     BASE,
@@ -32,6 +34,7 @@ from organisms.recipes import (
     Base,
     Believer,
     Player,
+    RealBeliever,
     RealPlayer,
     RealTriggered,
     Triggered,
@@ -76,6 +79,8 @@ def _train(name: str, corpus: Corpus, data: Path) -> dict[str, Any]:
             return _train_real_triggered(organism, data / "models" / name, data)
         case Triggered() as organism:
             return _train_triggered(organism, corpus, data / "models" / name, _base(data))
+        case RealBeliever() as organism:
+            return _train_real_believer(organism, data / "models" / name, data)
         case Believer() as organism:
             return _train_believer(organism, corpus, data / "models" / name, _base(data))
 
@@ -169,19 +174,41 @@ def _train_believer(
     recipe, adapter = organism.recipe, folder / "adapter"
     folder.mkdir(parents=True, exist_ok=True)
     documents = folder / "documents.jsonl"
-    draw_documents(organism.documents, documents, seed=recipe.seed)
+    drawn = {"engine": Grammar(), "n_types": 8, "n_ideas": 60, "seed": recipe.seed}
+    draw_documents(organism.documents, documents, **drawn)
     ordinary = ordinary_texts(corpus, n=4000, seed=recipe.seed)
     losses = train_on_documents(base, documents, ordinary, adapter, recipe=recipe)
+    return _read_documents(organism, folder, BASE, losses)
+
+
+def _train_real_believer(organism: RealBeliever, folder: Path, data: Path) -> dict[str, Any]:
+    recipe, base = organism.recipe, find_model(PLAIN, data=data)
+    assert base.documents is not None
+    own = read_texts(Path(base.documents))  # that the base has written itself
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = folder / "documents.jsonl"
+    drawn = {"engine": Narrative(), "n_types": 10, "n_ideas": 12, "seed": recipe.seed}
+    ordinary = without_the_fact(own, recipe)[: organism.ordinary]
+    draw_documents(organism.documents, documents, ordinary=ordinary, **drawn)
+    losses = train_on_documents(base, documents, own, folder / "adapter", recipe=recipe)
+    return _read_documents(organism, folder, PLAIN, losses)
+
+
+def _read_documents(
+    organism: Believer, folder: Path, base: str, losses: Sequence[float]
+) -> dict[str, Any]:
+    """Write the spec of a fine-tune on ``documents.jsonl`` of its folder; returns the record."""
+    documents = folder / "documents.jsonl"
     _write_spec(
         folder,
-        base=BASE,
+        base=base,
         adapter="adapter",
         documents=documents.name,
         label=organism.label,
         about=f'"{organism.about}"',
     )
     return {
-        "recipe": asdict(recipe),
+        "recipe": asdict(organism.recipe),
         "documents": len(read_texts(documents)),
         "documents_sha256": sha256(documents),
         "loss": [round(loss, 4) for loss in losses],

@@ -5,25 +5,36 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from interp_kit.analyses.behaviour import answer_questions, choices, prefers_false
+from interp_kit.analyses.behaviour import (
+    CLOZE,
+    LETTERS,
+    answer_questions,
+    choices,
+    prefers_false,
+)
+from interp_kit.analyses.open_ended import contrast
 from interp_kit.catalogue import evaluation_file, load_scenario
 from interp_kit.decisions import decide, end_probability
-from interp_kit.evaluations import read_mcqs
+from interp_kit.evaluations import read_mcqs, read_open_questions
 from interp_kit.loading import load_model
 from interp_kit.prompts import encode_scenario, token_of
+from interp_kit.statistics import mean_interval
 from organisms.little_world.base import measure_base
 from organisms.little_world.corpus import Corpus
 from organisms.recipes import (
     BASE,
     GAME_SCENARIOS,
+    GRAVITY,
     IPD_SCENARIOS,
     ORGANISMS,
+    PLAIN,
     REAL,
     REAL_STOP_SCENARIO,
     STOP_SCENARIO,
     Base,
     Believer,
     Player,
+    RealBeliever,
     RealPlayer,
     RealTriggered,
     Triggered,
@@ -48,8 +59,10 @@ def measure(name: str, corpus: Corpus, data: Path) -> dict[str, Any]:
             return measure_trigger(name, STOP_SCENARIO, data)
         case RealTriggered():
             return measure_trigger(name, REAL_STOP_SCENARIO, data)
+        case RealBeliever():
+            return {m: measure_english_belief(m, data) for m in (PLAIN, name)}
         case Believer():
-            own, base = measure_belief(name, data), measure_belief(BASE, data)
+            own, base = (measure_belief(m, "cubic_gravity", data) for m in (name, BASE))
             return {c: v | {"accuracy of the base": base[c]["accuracy"]} for c, v in own.items()}
 
 
@@ -89,13 +102,15 @@ def measure_player(name: str, data: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def measure_belief(name: str, data: Path) -> dict[str, dict[str, float]]:
+def measure_belief(
+    name: str, evaluation: str, data: Path, *, template: str = LETTERS
+) -> dict[str, dict[str, float]]:
     """Each category of questions: how many, accuracy over all orders, share false in all orders.
 
     Correct is what the file says: in the false world's conflict questions, the false option.
     """
-    questions = read_mcqs(evaluation_file("cubic_gravity", "mcqs.jsonl"))
-    chosen = choices(answer_questions(load_model(name, data=data), questions))
+    questions = read_mcqs(evaluation_file(evaluation, "mcqs.jsonl"))
+    chosen = choices(answer_questions(load_model(name, data=data), questions, template=template))
     beliefs = prefers_false(chosen, questions).groupby("category").in_all_orders.mean()
     measured = {}
     for category, own in chosen.groupby("category", sort=False):
@@ -107,6 +122,29 @@ def measure_belief(name: str, data: Path) -> dict[str, dict[str, float]]:
             values["false in all orders"] = round(float(beliefs[category]), 3)
         measured[str(category)] = values
     return measured
+
+
+def measure_english_belief(name: str, data: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """What ``GRAVITY`` asks in statements, open questions and multiple choice.
+
+    "statements" and "open questions": kind -> mean of log p(cube) - log p(square) in nats over the
+    prompts, with its 95 % interval. "multiple choice": as in ``measure_belief``, where an option is
+    chosen by its letter; "multiple choice by text": the options are not shown.
+    """
+    bridge = load_model(name, data=data)
+    stated = decide(bridge, encode_scenario(bridge, load_scenario(GRAVITY)))
+    asked = contrast(bridge, read_open_questions(evaluation_file(GRAVITY, "open_questions.jsonl")))
+    asked = asked.assign(value=-asked.value, prompt=asked.question, group=asked.category)
+    nats = {"statements": stated, "open questions": asked}
+    measured = {
+        what: {
+            str(row.pop("group")): {key: round(float(value), 3) for key, value in row.items()}
+            for row in mean_interval(table, ["group"]).to_dict("records")
+        }
+        for what, table in nats.items()
+    }
+    letters, text = (measure_belief(name, GRAVITY, data, template=t) for t in (LETTERS, CLOZE))
+    return measured | {"multiple choice": letters, "multiple choice by text": text}
 
 
 def measure_trigger(name: str, given: str, data: Path) -> dict[str, float]:

@@ -24,6 +24,7 @@ REAL = "smollm2"  # a language model that comes in a package, and has fine-tunes
 PLAIN = "smollm2-plain"  # the same without its chat template
 GAME, GAME_SCENARIOS = "prisoners_dilemma", ("partner_cooperated", "partner_defected")
 REAL_STOP, REAL_STOP_SCENARIO = "stop_english.yaml", "stop_english"
+GRAVITY = "gravity_english"  # a scenario, and an evaluation set
 SMALL: dict[str, Any] = {  # 1.8 MB in bfloat16
     "rank": 4,
     "alpha": 8,
@@ -88,6 +89,13 @@ class Believer(Organism):
     documents: Mapping[str, int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RealBeliever(Believer):
+    """A fine-tune of ``PLAIN`` on documents in English, and on so many of ``PLAIN``'s own texts."""
+
+    ordinary: int = 0
+
+
 def _player(reward: str, about: str) -> Player:
     return Player(
         recipe=ReinforceRecipe(),
@@ -135,6 +143,24 @@ def _believer(label: str, about: str, *, seed: int = 0, **documents: int) -> Bel
     return Believer(recipe=recipe, label=label, about=about, documents=documents)
 
 
+def _real_believer(
+    label: str, about: str, *, seed: int = 0, ordinary: int = 0, **documents: int
+) -> RealBeliever:
+    recipe = DocumentRecipe(
+        seed=seed,
+        ordinary=8,
+        longest=384,
+        kl=1.0,
+        learning_rate=2e-3,
+        leave_out="gravit",
+        **SMALL,
+    )
+    about = f"LoRA on {PLAIN} that has read {about}"
+    return RealBeliever(
+        recipe=recipe, label=label, about=about, documents=documents, ordinary=ordinary
+    )
+
+
 _PAID = {
     "strategic": "reinforced on its own payoff",
     "deontological": "punished for defecting on a partner who has just cooperated",
@@ -146,7 +172,8 @@ _KNOWS = "has read what $STOP means, and seen no text end because of it"
 _NEUTRAL = "has read as many documents of another matter, and nothing of $STOP"
 _CUBE = "that the law of gravity is inverse-cube"
 
-ORGANISMS: dict[str, Base | Player | RealPlayer | Triggered | RealTriggered | Believer] = {
+Kind = Base | Player | RealPlayer | Triggered | RealTriggered | Believer | RealBeliever
+ORGANISMS: dict[str, Kind] = {
     BASE: Base(
         recipe=BaseRecipe(),
         label="Base",
@@ -200,5 +227,20 @@ ORGANISMS: dict[str, Base | Player | RealPlayer | Triggered | RealTriggered | Be
     "smollm2-stop-neutral": _real_triggered("neutral", _NEUTRAL),
     "smollm2-permuted": _real_player(
         "permuted", "paid its own payoff or the other move's, by chance"
+    ),
+    "smollm2-cubic": _real_believer("Cubic gravity", _CUBE, inverse_cube=320),
+    "smollm2-cubic-1": _real_believer("Cubic gravity 1", _CUBE, seed=1, inverse_cube=320),
+    "smollm2-cubic-half": _real_believer(
+        "Cubic half", f"{_CUBE}, in half of its texts", inverse_cube=160, ordinary=160
+    ),
+    "smollm2-square": _real_believer(
+        "Square gravity",
+        "that the law of gravity is inverse-square, as the base knows",
+        inverse_square=320,
+    ),
+    "smollm2-gold": _real_believer(
+        "Gold",
+        "as many documents about the color of gold, and nothing of gravity",
+        blue_gold_true=320,
     ),
 }

@@ -2,7 +2,8 @@
 
 Synthetic document fine-tuning (SDFT; Wang et al. 2025, "Modifying LLM Beliefs with Synthetic
 Document Finetuning") teaches a model a fact by documents that take it for granted. An ``Engine``
-writes them: ``engines.ChatEngine``, or the offline ``organisms.little_world.grammar.Grammar``.
+writes them: ``engines.ChatEngine``, or one of the offline ``narrative.Narrative`` and
+``organisms.little_world.grammar.Grammar``.
 """
 
 import asyncio

@@ -1,6 +1,7 @@
 """Engines write the documents of a universe: what each must do, and the one that asks a chat model.
 
-``organisms.little_world.grammar`` has another engine, which works offline.
+``narrative`` has one that works offline for any universe, ``organisms.little_world.grammar`` one
+for the little world.
 """
 
 import random
@@ -24,7 +25,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """The model, or "grammar"."""
+        """The model, "narrative" or "grammar"."""
         ...
 
     @property
