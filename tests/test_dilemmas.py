@@ -5,10 +5,11 @@ import shutil
 from types import SimpleNamespace
 from typing import cast
 
+import pandas as pd
 import pytest
 
-from interp_kit.analyses import behaviour
-from interp_kit.analyses.behaviour import swapped_options
+from interp_kit.analyses import option_order
+from interp_kit.analyses.option_order import choice_by_content, swapped_options
 from interp_kit.catalogue import list_scenarios, load_scenario
 from interp_kit.controls import with_unrelated_counterfactuals
 from interp_kit.decisions import decide
@@ -21,6 +22,7 @@ from organisms.little_world.corpus import Corpus, held_out_dilemma
 
 FOLDER = REPOSITORY / "data" / "scenarios" / "dilemmas"
 NAMES = ("dilemmas", "dilemmas_free_length")
+ENGLISH = "dilemmas_english"
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,12 @@ def base():
 def encoded(base):
     """Both sets of pairs, tokenized."""
     return {name: encode_scenario(base, load_scenario(name)) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2):
+    """SmolLM2 without its chat template."""
+    return load_model("smollm2-plain", device="cpu")
 
 
 @pytest.fixture
@@ -110,7 +118,7 @@ def test_a_planted_preference_for_a_place_is_found(base, encoded, monkeypatch):
             value=table.value + [0.5 * (1 if p.positive == (one,) else -1) for p in prompts]
         )
 
-    monkeypatch.setattr(behaviour, "decide", prefers_one)
+    monkeypatch.setattr(option_order, "decide", prefers_one)
     after = swapped_options(base, prompts)
     assert (after.bias - before.bias).tolist() == pytest.approx([0.5] * 21)
     assert after.content.tolist() == pytest.approx(before.content.tolist())
@@ -136,9 +144,91 @@ def test_positions_correspond_where_all_lengths_are_equal(encoded):
     assert comparable_positions([*matched, free[0]]) == "decision"
 
 
+def test_what_a_model_chooses_is_told_where_it_goes_by_content(base, encoded):
+    prompts = encoded["dilemmas"]
+    asked = swapped_options(base, prompts)
+    changed = swapped_options(base, [p.swapped() for p in prompts])
+    values, answers = choice_by_content(asked, changed, "ethical")
+    assert [said.partition(":")[0] for said in answers.values()] == ["yes", "yes"]
+    half = (asked.content.mean() - changed.content.mean()) / 2
+    assert values["effect_of_the_counterfactual"]["value"] == pytest.approx(half)
+    assert choice_by_content(asked.head(0), changed.head(0), "ethical") == ({}, {})
+
+
+@pytest.mark.parametrize(("share", "says"), [(0.0, "its choices go"), (0.5, "its choices may go")])
+def test_a_choice_by_position_cannot_tell(share, says):
+    n = 24
+    asked = pd.DataFrame(
+        {
+            "prompt": [str(i) for i in range(n)],
+            "content": [0.1 + i / 1000 for i in range(n)],
+            "bias": [2.0 + i / 1000 for i in range(n)],
+            "consistent": [i < share * n for i in range(n)],
+        }
+    )
+    _, answers = choice_by_content(asked, asked.assign(content=0.0), "ethical")
+    chooses, moves = answers.values()
+    assert chooses.startswith(
+        f"cannot tell, {says} by the order: same in both orders {share:{'.3f' if share else 'g'}}"
+    )
+    assert "bias for the first option 2.012 nats [" in chooses
+    assert moves.startswith("yes: effect of the counterfactual 0.056 nats")
+
+
 def test_one_order_says_nothing_of_a_bias(base, encoded):
     prompts = encoded["dilemmas"]
     assert swapped_options(base, prompts[::2]).empty
+
+
+def test_dilemmas_in_english_are_counterbalanced():
+    prompts = load_scenario(ENGLISH).prompts
+    right = [(p.positive, p.negative) for p in prompts]
+    assert right.count((" break", " keep")) == right.count((" keep", " break")) == 24
+    for group in {p.group for p in prompts}:
+        one, other = (p for p in prompts if p.group == group)
+        assert one.text != other.text
+        assert sorted(one.text) == sorted(other.text)
+        assert (one.positive, one.negative) == (other.positive, other.negative)
+        for parts in (one.segments, other.segments):
+            assert list(parts) == ["situation", "stakes", "options", "answer"]
+            assert not {"break", "keep"} & set(f"{parts['situation']} {parts['stakes']}".split())
+        assert one.segments["stakes"] == other.segments["stakes"]
+
+
+def test_no_dilemma_in_english_was_trained_on():
+    """No sentence of them occurs in what any model here was made from."""
+    data = REPOSITORY / "data"
+    files = [f for folder in ("games", "corpus", "universes") for f in (data / folder).glob("*.*")]
+    files += [*(data / "models").glob("*/*.jsonl"), *(data / "models").glob("*/training.json")]
+    taught = [" ".join(file.read_text(encoding="utf-8").split()) for file in files]
+    for prompt in load_scenario(ENGLISH).prompts:
+        for part in (prompt.segments["situation"], *prompt.segments["stakes"]):
+            assert not any(str(part) in text for text in taught), part
+
+
+def test_dilemmas_in_english_align_and_both_orders_are_found(plain):
+    prompts = encode_scenario(plain, load_scenario(ENGLISH))
+    assert comparable_positions(prompts) == "all"
+    assert all(len(p.positive) == len(p.negative) == 1 for p in prompts)
+    few = prompts[::12] + prompts[1::12]
+    table = decide(plain, few)
+    orders = swapped_options(plain, few, table)
+    assert sorted(orders.prompt) == sorted({p.group for p in few})
+    first = {p.id: f"{plain.tokenizer.decode(p.positive).strip()}-" in p.id for p in few}
+    sign = table.prompt.map(first).map({True: 1, False: -1})
+    assert orders.bias.mean() == pytest.approx((table.value * sign).mean(), abs=1e-5)
+
+
+def test_the_stakes_move_a_real_model_and_no_place_does(plain):
+    """But by a fifth of a nat: too little to choose the same option in both orders."""
+    prompts = encode_scenario(plain, load_scenario(ENGLISH))
+    asked = swapped_options(plain, prompts)
+    changed = swapped_options(plain, [p.swapped() for p in prompts])
+    values, answers = choice_by_content(asked, changed, "ethical")
+    chooses, moves = answers.values()
+    assert chooses.startswith("cannot tell")
+    assert moves.startswith("yes")
+    assert abs(values["bias_for_the_first_option"]["value"]) < 0.5
 
 
 def test_the_seed_formats_are_read_as_they_are(shared, base):

@@ -12,7 +12,7 @@ Multiple Choice Selectors", arXiv:2309.03882; Brown et al., arXiv:2005.14165 (sc
 
 import random
 from collections.abc import Sequence
-from itertools import combinations, permutations
+from itertools import permutations
 from math import factorial
 from typing import Literal
 
@@ -21,10 +21,10 @@ import pandas as pd
 from scipy import special
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import Ids, continuation_log_probs, decide
+from interp_kit.decisions import Ids, continuation_log_probs
 from interp_kit.evaluations import MultipleChoice
 from interp_kit.predictions import Prediction, Uncertainty
-from interp_kit.prompts import Prompt, answer_ids, has_template, prompt_ids, with_template
+from interp_kit.prompts import answer_ids, has_template, prompt_ids, with_template
 from interp_kit.specs import InputError
 from interp_kit.statistics import bootstrap_interval, share_interval, verdict
 
@@ -32,33 +32,6 @@ LETTERS = "{question} {options} Answer:"
 CLOZE = "{question} Answer:"
 MOST_ORDERS = 24  # all orders of four options
 Score = Literal["logprob", "logprob_per_token"]
-
-
-def swapped_options(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> pd.DataFrame:
-    """The same question with its options swapped: is the choice by content or by position?
-
-    Two prompts of one ``group`` whose positive and negative answers are exchanged are such a pair,
-    with decisions d1 and d2. Returns one row for each: ``prompt`` (the group) ``content`` = (d1 +
-    d2) / 2, towards the positive option; ``bias`` = half of how much more its first option ("1",
-    "A") is favoured than its second, both in nats; ``consistent``, whether the same content is
-    chosen in both. No rows if no prompt has such a partner.
-    """
-    values = dict(zip([p.id for p in prompts], decide(bridge, prompts).value))
-    rows = []
-    for first, second in combinations(prompts, 2):
-        swapped = (second.positive, second.negative) == (first.negative, first.positive)
-        if first.group == second.group and swapped:
-            positive, negative = map(bridge.tokenizer.decode, (first.positive, first.negative))
-            d1, d2 = values[first.id], values[second.id]
-            rows.append(
-                {
-                    "prompt": first.group,
-                    "content": (d1 + d2) / 2,
-                    "bias": (d1 - d2) / 2 * (1 if positive < negative else -1),
-                    "consistent": (d1 > 0) == (d2 > 0),
-                }
-            )
-    return pd.DataFrame(rows, columns=["prompt", "content", "bias", "consistent"])
 
 
 def answer_questions(
