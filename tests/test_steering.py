@@ -7,15 +7,20 @@ import pytest
 import torch
 
 from interp_kit.analyses.steering import (
+    ablate_directions,
     add_direction,
     continuations,
+    dose_response,
     least_effective,
     orthogonal_to,
     random_directions,
     steered,
     steering_grid,
+    strongest_layer,
 )
 from interp_kit.decisions import decide
+from interp_kit.interventions import add, intervene, remove
+from interp_kit.patching import last_position
 from tests.conftest import tiny_prompts
 
 
@@ -152,3 +157,41 @@ def test_adding_at_the_last_position_alone_is_not_steering_all(tiny_bridge):
     with steered(tiny_bridge, v, layer=0, strength=1.0), torch.no_grad():
         everywhere = tiny_bridge(torch.tensor([prompts[0].tokens]))[0, -1].softmax(-1)[1]
     assert abs(float(last) - float(everywhere)) > 1e-6
+
+
+@pytest.mark.parametrize("rows", [8, 512])
+def test_edits_of_the_last_position_are_those_of_whole_runs(tiny_bridge, monkeypatch, rows):
+    """In several passes and in one; prompts of two lengths, and edits of several layers."""
+    monkeypatch.setattr(last_position, "EDITED_ROWS", rows)
+    prompts, end, suffix = tiny_prompts(tiny_bridge), 1, 9
+    n, d = tiny_bridge.cfg.n_layers, tiny_bridge.cfg.d_model
+    change = torch.randn(len(prompts), n, d, generator=torch.Generator().manual_seed(0))
+
+    def whole(tokens, operators):
+        with intervene(tiny_bridge, operators, at=-1), torch.no_grad():
+            return float(tiny_bridge(torch.tensor([tokens]))[0, -1].softmax(-1)[end])
+
+    directions = {"v": change[0, 0], "w": change[1, 1]}
+    doses = dose_response(tiny_bridge, prompts, directions, layer=1, strengths=[0.0, 2.0], end=end)
+    tokens_of = {p.id: p.tokens for p in prompts}
+    assert doses.value.tolist() == pytest.approx(
+        [
+            whole(tokens_of[row.prompt], {1: add(directions[row.direction], row.strength)})
+            for row in doses.itertuples()
+        ],
+        abs=1e-5,
+    )
+    added = [
+        sum(whole(p.tokens, {layer: add(v, 3.0)}) for p in prompts)
+        for layer, v in enumerate(change.mean(0))
+    ]
+    best = strongest_layer(tiny_bridge, prompts, change, strength=3.0, end=end)
+    assert added[best] == pytest.approx(max(added), abs=1e-5)
+    taken = {"baseline": change, "layers": [0, 2], "suffix": suffix, "end": end}
+    out = ablate_directions(tiny_bridge, prompts, change[:3, 1], **taken)
+    for i, p in enumerate(prompts):
+        naive = [
+            whole([*p.tokens, suffix], {layer: remove(v, change[i, layer]) for layer in (0, 2)})
+            for v in change[:3, 1]
+        ]
+        assert out[:, i].tolist() == pytest.approx(naive, abs=1e-5)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from interp_kit.analyses.comparison import bridge_error
 from interp_kit.analyses.differences import deltas
-from interp_kit.analyses.steering import ablate_direction, add_direction, random_directions
+from interp_kit.analyses.steering import ablate_directions, add_direction, random_directions
 from interp_kit.catalogue import find_model, load_scenario
 from interp_kit.decisions import decide, end_probability
 from interp_kit.hub import write_checksums
@@ -108,9 +108,9 @@ def test_directions_cause_and_prevent_the_stop_on_held_out_prompts(models, stop)
     assert float(add_direction(bridge, held, change["word"][:, layer].mean(0), **how).mean()) < 0.2
     baseline = residuals(bridge, held)
     out = {"baseline": baseline, "layers": [layer], "suffix": tokens["$STOP"], "end": end}
-    assert float(ablate_direction(bridge, held, axis, **out).mean()) < 0.5
+    assert float(ablate_directions(bridge, held, axis[None], **out).mean()) < 0.5
     random = random_directions(8, residuals(bridge, prompts)[:, layer])
-    spared = [float(ablate_direction(bridge, held, v, **out).mean()) for v in random]
+    spared = ablate_directions(bridge, held, random, **out).mean(1).tolist()
     assert sum(spared) / len(spared) > 0.8
     assert min(spared[1::2]) > 0.8  # each of the isotropic ones
 
@@ -123,9 +123,8 @@ def test_nothing_added_and_nothing_taken_out_change_nothing(models, stop):
     added = add_direction(bridge, prompts, axis, layer=3, strength=0.0, end=end)
     torch.testing.assert_close(added, alone, atol=1e-7, rtol=1e-4)
     own = residuals(bridge, prompts, suffix=tokens["$STOP"])
-    kept = ablate_direction(
-        bridge, prompts, axis, baseline=own, layers=[2, 5], suffix=tokens["$STOP"], end=end
-    )
+    out = {"baseline": own, "layers": [2, 5], "suffix": tokens["$STOP"], "end": end}
+    kept = ablate_directions(bridge, prompts, axis[None], **out)[0]
     stopped = end_probability(bridge, prompts, end=end, suffix=tokens["$STOP"])
     torch.testing.assert_close(kept, stopped, atol=1e-5, rtol=1e-4)
 

@@ -2,7 +2,7 @@
 
 ``steered`` adds strength ||h|| v after one block at every position but 0, in units of the stream's
 own norm there; whatever runs inside is steered: one decision, a grid of them, generated text.
-``add_direction`` does the same at each prompt's last position alone. ``ablate_direction`` takes
+``add_direction`` does the same at each prompt's last position alone. ``ablate_directions`` takes
 back what a suffix changed along v, at the suffix's position, after the given blocks:
 
     h - ((h - h_without) . v) v
@@ -15,7 +15,7 @@ via Contrastive Activation Addition", arXiv:2312.06681; Arditi et al., "Refusal 
 Is Mediated by a Single Direction", arXiv:2406.11717 (directional ablation).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise, product
 from typing import Any
@@ -29,9 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import batches, decide, generated, last_logits, padded, padded_batches
-from interp_kit.interventions import Direction, Operator, add, intervene, remove
+from interp_kit.decisions import batches, decide, generated, padded
+from interp_kit.interventions import Direction, add, intervene, remove
 from interp_kit.passes import resumed
+from interp_kit.patching.last_position import Edit, edited_end_probability
 from interp_kit.prompts import Prompt, special_token
 
 Directions = Float[Tensor, "layer d_model"]  # one for each layer
@@ -188,29 +189,30 @@ def add_direction(
     end: int,
 ) -> Float[Tensor, "prompt"]:
     """p(end token) with ``strength`` ||h|| along the unit ``direction`` added after ``layer``."""
-    operators = {layer: add(direction, strength)}
-    return _end_probability(bridge, [p.tokens for p in prompts], lambda index: operators, end)
+    return edited_end_probability(
+        bridge, prompts, lambda index: [{layer: add(direction, strength)}], end
+    )[0]
 
 
-def ablate_direction(
+def ablate_directions(
     bridge: TransformerBridge,
     prompts: Sequence[Prompt],
-    direction: Direction,
+    directions: Float[Tensor, "direction d_model"],
     *,
     baseline: Float[Tensor, "prompt layer d_model"],
     layers: Sequence[int],
     suffix: int,
     end: int,
-) -> Float[Tensor, "prompt"]:
-    """p(end token) after prompt and ``suffix``, what it changed along ``direction`` taken back.
+) -> Float[Tensor, "direction prompt"]:
+    """p(end token) after prompt and ``suffix``, what it changed along each direction taken back.
 
     ``baseline`` is the stream without the suffix, at each prompt's last position.
     """
 
-    def operators(index: list[int]) -> dict[int, Operator]:
-        return {layer: remove(direction, baseline[index, layer]) for layer in layers}
+    def edits(index: list[int]) -> list[Edit]:
+        return [{layer: remove(v, baseline[index, layer]) for layer in layers} for v in directions]
 
-    return _end_probability(bridge, [(*p.tokens, suffix) for p in prompts], operators, end)
+    return edited_end_probability(bridge, prompts, edits, end, suffix=suffix)
 
 
 def dose_response(
@@ -223,14 +225,14 @@ def dose_response(
     end: int,
 ) -> pd.DataFrame:
     """``add_direction`` for every direction and strength: ``direction prompt strength value``."""
-    tables = []
-    how: dict[str, Any] = {"layer": layer, "end": end}
-    with resumed(bridge, layer):
-        for name in tqdm(directions, desc="adding", unit="direction", leave=False):
-            for strength in strengths:
-                value = add_direction(bridge, prompts, directions[name], strength=strength, **how)
-                table = pd.DataFrame({"prompt": [p.id for p in prompts], "value": value.tolist()})
-                tables.append(table.assign(direction=name, strength=strength))
+    doses = list(product(directions, strengths))
+    edits: list[Edit] = [{layer: add(directions[name], by)} for name, by in doses]
+    values = edited_end_probability(bridge, prompts, lambda index: edits, end)
+    ids = [p.id for p in prompts]
+    tables = [
+        pd.DataFrame({"prompt": ids, "value": row.tolist(), "direction": name, "strength": by})
+        for (name, by), row in zip(doses, values)
+    ]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -246,15 +248,8 @@ def strongest_layer(
 
     Choose on prompts that are not used to measure the effect.
     """
-    effects = [
-        float(
-            add_direction(
-                bridge, prompts, change[:, layer].mean(0), layer=layer, strength=strength, end=end
-            ).mean()
-        )
-        for layer in range(change.shape[1])
-    ]
-    return max(range(len(effects)), key=effects.__getitem__)
+    edits: list[Edit] = [{layer: add(v, strength)} for layer, v in enumerate(change.mean(0))]
+    return int(edited_end_probability(bridge, prompts, lambda index: edits, end).mean(1).argmax())
 
 
 # ------------------------------------------------------------------------------------- internals
@@ -282,21 +277,3 @@ def _log_probs(
     bridge: TransformerBridge, tokens: Int[Tensor, "row pos"]
 ) -> Float[Tensor, "row pos vocab"]:
     return bridge(tokens).float().log_softmax(-1)
-
-
-@torch.no_grad()
-def _end_probability(
-    bridge: TransformerBridge,
-    rows: Sequence[tuple[int, ...]],
-    operators: Callable[[list[int]], Mapping[int, Operator]],
-    end: int,
-) -> Float[Tensor, "prompt"]:
-    """p(end token) with operators on the stream at each row's last position, chosen by row."""
-    result = torch.empty(len(rows))
-    for index in padded_batches(rows):
-        tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
-        lengths = inside.sum(1)
-        with intervene(bridge, operators(index), at=lengths - 1):
-            logits = last_logits(bridge, tokens, 1, lengths=lengths)
-        result[index] = logits[:, -1].float().softmax(-1)[:, end].cpu()
-    return result

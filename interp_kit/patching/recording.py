@@ -54,9 +54,7 @@ class Recording:
         """Keys and values of the first ``length`` positions, which every row shares."""
         if length == 0:
             return None
-        cache: Any = DynamicCache()  # no config: layers of full length; masks keep the window
-        cache.layers = [_Prefix(k[:, :, :length], v[:, :, :length]) for k, v in self.keys_values]
-        return cache
+        return shared_prefix([(k[:, :, :length], v[:, :, :length]) for k, v in self.keys_values])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +150,16 @@ def recorded(
     return once(bridge, key, make, lambda made: made.bytes)
 
 
+def shared_prefix(keys_values: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A cache of these keys and values, [row head pos d_head] of each layer.
+
+    Any multiple of their rows may attend to them, each in its turn, and none adds to them.
+    """
+    cache: Any = DynamicCache()  # no config: layers of full length; masks keep the window
+    cache.layers = [_Prefix(keys, values) for keys, values in keys_values]
+    return cache
+
+
 def moved(source: Tensor, target: Tensor, index: Sequence[int]) -> Tensor:
     """The source's values at the target's positions; the target's own where none is."""
     at = torch.tensor(list(index))
@@ -213,7 +221,7 @@ def _shared_beginning(tokens: Sequence[int], like: Recording | None, *, at_most:
 
 
 class _Prefix(DynamicLayer):
-    """Keys and values of one layer and a prefix that every row attends to and none adds to."""
+    """Keys and values of one layer and a prefix that rows attend to and none adds to."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -223,12 +231,12 @@ class _Prefix(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        rows = (key_states.shape[0], -1, -1, -1)
-        keys, values = self._prefix
-        return (
-            torch.cat([keys.expand(rows), key_states], -2),
-            torch.cat([values.expand(rows), value_states], -2),
-        )
+        return self._before(0, key_states), self._before(1, value_states)
+
+    def _before(self, which: int, states: Tensor) -> Tensor:
+        kept = self._prefix[which]
+        times = len(states) // len(kept)
+        return torch.cat([kept.expand(times, *kept.shape).flatten(0, 1), states], -2)
 
 
 def _hooks_of(place: Place) -> list[str]:
