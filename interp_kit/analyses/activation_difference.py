@@ -183,10 +183,12 @@ def steered_relevance(
     def expected() -> float:
         return float((last_logits(bridge, tokens, 1)[:, 0].float().softmax(-1).cpu() @ z).mean())
 
-    without, steered = expected(), []
-    for direction in directions:
-        with intervene(bridge, {layer: add(direction, strength)}):
-            steered.append(expected())
+    steered = []
+    with resumed(bridge, layer):
+        without = expected()
+        for direction in directions:
+            with intervene(bridge, {layer: add(direction, strength)}):
+                steered.append(expected())
     return np.array(steered) - without
 
 
