@@ -195,7 +195,7 @@ def _train_real_believer(organism: RealBeliever, folder: Path, data: Path) -> di
 
 
 def _read_documents(
-    organism: Believer, folder: Path, base: str, losses: Sequence[float]
+    organism: Believer | RealBeliever, folder: Path, base: str, losses: Sequence[float]
 ) -> dict[str, Any]:
     """Write the spec of a fine-tune on ``documents.jsonl`` of its folder; returns the record."""
     documents = folder / "documents.jsonl"

@@ -90,9 +90,11 @@ class Believer(Organism):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealBeliever(Believer):
+class RealBeliever(Organism):
     """A fine-tune of ``PLAIN`` on documents in English, and on so many of ``PLAIN``'s own texts."""
 
+    recipe: DocumentRecipe
+    documents: Mapping[str, int]
     ordinary: int = 0
 
 

@@ -130,7 +130,7 @@ def fork_runner(cells, mark: str) -> int:
 # ------------------------------------------------------------------------------------------ kills
 def test_the_runner_is_killed_at_random_moments(study):
     # So slow that there is always one to begin.
-    cells = logged_cells(study, pause=0.5, scenarios=STATES[:2])
+    cells = logged_cells(study, pause=1.0, scenarios=STATES[:2])
     draws = random.Random(7)
     settled: Counter = Counter()  # executions of the cells that are done
     begun = 0

@@ -14,7 +14,7 @@ from interp_kit.evaluations import (
     read_probing_prompts,
     read_statements,
 )
-from interp_kit.files import read_yaml
+from interp_kit.files import read_yaml, sha256
 from interp_kit.finetuning.documents import distinct_ngrams, write_documents
 from interp_kit.finetuning.narrative import KINDS, Narrative
 from interp_kit.finetuning.universes import find_universe, reason_to_refuse
@@ -109,7 +109,10 @@ def test_what_is_evaluated_never_occurs_in_training_data(name):
 def test_the_documents_are_those_of_the_recipe(name):
     organism = ORGANISMS[name]
     file = REPOSITORY / "data" / "models" / name / "documents.jsonl"
+    record = json.loads((file.parent / "training.json").read_text())
+    assert record["documents_sha256"] == sha256(file)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == record["documents"]
     counted = {u: sum(line.get("universe") == u for line in lines) for u in organism.documents}
     assert counted == organism.documents
     assert sum("universe" not in line for line in lines) == organism.ordinary

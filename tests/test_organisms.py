@@ -53,7 +53,7 @@ PARTNER_DEFECTED = ("CD_punished", "DD_trapped")
 def test_shipped_weights_are_what_was_trained():
     """As `sha256sum -c` would find; each of them is listed."""
     folders = [file.parent for file in MODELS.glob("*/*/*.safetensors")]
-    assert len(folders) == 27
+    assert len(folders) == 32
     for folder in folders:
         listed = (folder / "SHA256SUMS").read_text().split()[1::2]
         assert listed == sorted(file.name for file in folder.glob("*.safetensors"))
