@@ -19,8 +19,9 @@ from transformers import DynamicCache
 from interp_kit.decisions import MAX_TOKENS, Ids, padded, padded_batches
 from interp_kit.interventions import Operator
 from interp_kit.passes import once
-from interp_kit.patching.recording import Hooks, shared_prefix
+from interp_kit.patching.recording import Hooks, looks_back_only, shared_prefix
 from interp_kit.prompts import Prompt
+from interp_kit.specs import InputError
 
 Edit = Mapping[int, Operator]  # by layer, of the stream at the last position
 EDITED_ROWS = 512  # of a pass: bounds memory, not results
@@ -38,8 +39,14 @@ def edited_end_probability(
     """p(end token) after each prompt, and the suffix, with each edit of the last position.
 
     ``edits`` are those of some prompts, by their index. What comes before the last position is the
-    same for all of them: it is computed once.
+    same for all of them: it is computed once. Raises ``InputError`` where attention looks ahead,
+    so that this does not hold.
     """
+    if not looks_back_only(bridge):
+        raise InputError(
+            "expected causal attention: where it looks ahead, an edit of the last position changes "
+            "what comes before it"
+        )
     columns: dict[int, Tensor] = {}
     for index in padded_batches([p.tokens for p in prompts]):
         rows = [prompts[i].tokens for i in index]
@@ -82,7 +89,8 @@ def _edited(
 
         return write
 
-    hooks: Hooks = [(f"blocks.{n}.hook_resid_post", after(n)) for n in range(bridge.cfg.n_layers)]
+    layers = range(bridge.cfg.n_layers)
+    hooks: Hooks = [(f"blocks.{layer}.hook_resid_post", after(layer)) for layer in layers]
     hooks.append(("unembed.hook_in", lambda x, hook: x[n:].contiguous()))
     lengths = torch.tensor([len(row) for row in before], device=device)[:, None]
     longest = int(lengths.max())

@@ -120,7 +120,7 @@ def record(
     logits = bridge.run_with_hooks(
         ids[:, shared:],
         fwd_hooks=[*hooks, ("unembed.hook_in", last)],
-        **({"past_key_values": cache} if _looks_back_only(bridge) else {}),
+        **({"past_key_values": cache} if looks_back_only(bridge) else {}),
     )
     return Recording(
         tokens=ids,
@@ -253,6 +253,6 @@ def _by_head(bridge: TransformerBridge, z: Tensor) -> Tensor:
     return z.unflatten(-1, (bridge.cfg.n_heads, -1))
 
 
-def _looks_back_only(bridge: TransformerBridge) -> bool:
+def looks_back_only(bridge: TransformerBridge) -> bool:
     """Whether no position attends to a later one, so that a prefix can be computed once."""
     return getattr(bridge.cfg, "attention_dir", "causal") == "causal"
