@@ -21,6 +21,7 @@ from interp_kit.analyses.steering import (
 from interp_kit.decisions import decide
 from interp_kit.interventions import add, intervene, remove
 from interp_kit.patching import last_position
+from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 
 
@@ -195,3 +196,11 @@ def test_edits_of_the_last_position_are_those_of_whole_runs(tiny_bridge, monkeyp
             for v in change[:3, 1]
         ]
         assert out[:, i].tolist() == pytest.approx(naive, abs=1e-5)
+
+
+def test_attention_that_looks_ahead_is_refused(tiny_bridge, monkeypatch):
+    monkeypatch.setattr(tiny_bridge.cfg, "attention_dir", "bidirectional", raising=False)
+    prompts = tiny_prompts(tiny_bridge)
+    direction = torch.ones(tiny_bridge.cfg.d_model)
+    with pytest.raises(InputError, match="expected causal attention"):
+        add_direction(tiny_bridge, prompts, direction, layer=0, strength=1.0, end=0)
