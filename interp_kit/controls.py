@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import batches
+from interp_kit.batching import batches
 from interp_kit.passes import read_last
 from interp_kit.prompts import Prompt, require_prompts
 from interp_kit.readout import soft_cap

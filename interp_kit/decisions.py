@@ -13,22 +13,18 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
 
+from interp_kit.batching import Ids, Part, batches, padded, padded_batches, parts
 from interp_kit.prompts import Prompt, Sign, require_prompts, special_token
 from interp_kit.records import Named, answer, named
 from interp_kit.specs import InputError
 from interp_kit.statistics import mean_interval, verdict
 
-Ids = tuple[int, ...]
-
 LEAST_MASS = 0.1  # probability of either answer below which decisions say little
 ROUNDED_LOGIT = 8.0  # the size of logits for which limits of rounding errors are stated
-PADDED_ROWS = 32  # texts of one padded batch
-MAX_TOKENS = 8192  # tokens in one forward pass: bounds memory, not results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +95,18 @@ def continuation_log_probs(
 ) -> Float[Tensor, "asked"]:
     """log p(answer | prompt) in nats, of each pair of token ids.
 
-    Answers to one prompt that differ in their last token only share one row of a forward pass.
+    Answers to one prompt that differ in their last token only share one row of a forward pass, and
+    rows that begin alike the pass over their beginning.
     """
     sharing: dict[Ids, list[int]] = {}
     for i, (prompt, said) in enumerate(asked):
         sharing.setdefault(prompt + said[:-1], []).append(i)
     rows = list(sharing)
     result = torch.empty(len(asked))
-    for index in padded_batches(rows):
-        read = max(len(asked[i][1]) for r in index for i in sharing[rows[r]])
-        tokens, inside = padded([rows[r] for r in index], bridge.cfg.device)
-        logits = last_logits(bridge, tokens, read, lengths=inside.sum(1))
-        for log_p, r in zip(logits.float().log_softmax(-1).cpu(), index):
+    reads = [max(len(asked[i][1]) for i in sharing[row]) for row in rows]
+    for part in parts(bridge, rows, read=reads):
+        logits = part_logits(bridge, part, max(reads[r] for r in part.index))
+        for log_p, r in zip(logits.float().log_softmax(-1).cpu(), part.index):
             for i in sharing[rows[r]]:
                 ids = torch.tensor(asked[i][1])
                 result[i] = log_p[-len(ids) :].gather(-1, ids[:, None]).sum()
@@ -146,45 +142,6 @@ def teacher_forced(prompts: Sequence[Prompt]) -> Iterator[Forced]:
             )
 
 
-def batches(shapes: Sequence[tuple[int, object]]) -> Iterator[list[int]]:
-    """Indices of items of equal shape ``(length, anything)``, at most ``MAX_TOKENS`` at once."""
-    for shape in dict.fromkeys(shapes):
-        same = [i for i, other in enumerate(shapes) if other == shape]
-        size = max(1, MAX_TOKENS // shape[0])
-        yield from (same[i : i + size] for i in range(0, len(same), size))
-
-
-def padded_batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Which rows go into one padded batch, by their index: those of nearly one length.
-
-    At most ``PADDED_ROWS`` rows and ``MAX_TOKENS`` positions; no row is padded by more than a
-    quarter of its length and 16 positions.
-    """
-    batch: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        length = len(rows[i])
-        if batch and (
-            len(batch) == PADDED_ROWS
-            or length * (len(batch) + 1) > MAX_TOKENS
-            or length > 1.25 * len(rows[batch[0]]) + 16
-        ):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def padded(
-    rows: Sequence[Sequence[int]], device: Any
-) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
-    """Token ids, padded at the right where a causal model cannot see it; which are real."""
-    tokens = pad_sequence([torch.tensor(list(row)) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    inside = torch.arange(tokens.shape[1]) < lengths[:, None]
-    return tokens.to(device), inside.to(device)
-
-
 @torch.no_grad()
 def losses(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Float[Tensor, "row"]:
     """Mean next-token cross-entropy of each row of tokens, in nats."""
@@ -198,25 +155,31 @@ def losses(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Float[Te
 
 
 def last_logits(
-    bridge: TransformerBridge,
-    tokens: Int[Tensor, "prompt pos"],
-    read: int,
-    *,
-    lengths: Int[Tensor, "prompt"] | None = None,
+    bridge: TransformerBridge, tokens: Int[Tensor, "prompt pos"], read: int
 ) -> Float[Tensor, "prompt read vocab"]:
-    """The model's logits at the last ``read`` positions only; the others are never unembedded.
+    """The model's logits at the last ``read`` positions only; the others are never unembedded."""
+    lengths = torch.full(tokens.shape[:1], tokens.shape[1], device=bridge.cfg.device)
+    part = Part(
+        index=[*range(len(tokens))],
+        tokens=tokens.to(bridge.cfg.device),
+        lengths=lengths,
+        before={},
+    )
+    return part_logits(bridge, part, read)
 
-    ``lengths`` tells how many positions of each row are real, where rows are padded at the right;
-    what would lie before a row's first position repeats that.
-    """
-    last = tokens.shape[1] if lengths is None else lengths[:, None]
-    at = (last - torch.arange(read, 0, -1, device=bridge.cfg.device)).clamp(min=0)
-    at = at.expand(len(tokens), -1)[..., None]
+
+def part_logits(
+    bridge: TransformerBridge, part: Part, read: int
+) -> Float[Tensor, "row read vocab"]:
+    """The last logits of each row of a part; what would lie before a row's beginning repeats it."""
+    at = part.lengths[:, None] - torch.arange(read, 0, -1, device=part.lengths.device)
+    at = at.clamp(min=0)[..., None]
     return bridge.run_with_hooks(
-        tokens.to(bridge.cfg.device),
+        part.tokens,
         fwd_hooks=[
             ("unembed.hook_in", lambda x, hook: x.gather(1, at.expand(-1, -1, x.shape[-1])))
         ],
+        **part.before,
     )
 
 
@@ -245,10 +208,9 @@ def end_probability(
     """p(end token) after each prompt, or after the prompt and one further token."""
     rows = [(*p.tokens, *([] if suffix is None else [suffix])) for p in prompts]
     result = torch.empty(len(rows))
-    for index in padded_batches(rows):
-        tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
-        logits = last_logits(bridge, tokens, 1, lengths=inside.sum(1))[:, -1].float()
-        result[index] = logits.softmax(-1)[:, end].cpu()
+    for part in parts(bridge, rows, read=[1] * len(rows)):
+        logits = part_logits(bridge, part, 1)[:, 0].float()
+        result[part.index] = logits.softmax(-1)[:, end].cpu()
     return result
 
 
@@ -262,10 +224,8 @@ def noise_limit(
     """
     rows = [p.branch for p in prompts[:: max(1, len(prompts) // 8)]]  # eight say how large
     largest = 0.0
-    for index in padded_batches(rows):
-        tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
-        logits = last_logits(bridge, tokens, 1, lengths=inside.sum(1))
-        largest = max(largest, float(logits.abs().max()))
+    for part in parts(bridge, rows, read=[1] * len(rows)):
+        largest = max(largest, float(part_logits(bridge, part, 1).abs().max()))
     precision = 1 if bridge.cfg.dtype.itemsize == 4 else 1e3
     return most * precision * max(1.0, largest / ROUNDED_LOGIT)
 

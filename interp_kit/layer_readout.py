@@ -17,7 +17,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_readout
 
-from interp_kit.decisions import batches, padded, teacher_forced
+from interp_kit.batching import batches, padded
+from interp_kit.decisions import teacher_forced
 from interp_kit.passes import residual_stream
 from interp_kit.prompts import Prompt, Sign, require_prompts
 from interp_kit.specs import InputError

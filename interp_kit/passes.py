@@ -12,12 +12,12 @@ from contextvars import ContextVar
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit import store
-from interp_kit.decisions import padded, padded_batches
+from interp_kit.batching import Part, parts
 from interp_kit.identity import state_of
 from interp_kit.prompts import Prompt
 
@@ -93,6 +93,18 @@ def once(
     return made
 
 
+def kept_before(bridge: TransformerBridge, kind: str) -> Iterator[tuple[Any, Any]]:
+    """Keys that begin with ``kind``, and what ``once`` keeps for them, of what is computed now."""
+    kept = _shared.get()
+    state = state_of(bridge) if kept is not None else None
+    if kept is None or state is None:
+        return
+    keys: list[Any] = list(kept)
+    for key in keys:
+        if key[:2] == (bridge, state) and key[2][0] == kind:
+            yield key[2], kept[key][0]
+
+
 def last_names(bridge: TransformerBridge) -> list[str]:
     """What ``residual_stream`` and direct logit attribution read of a forward pass.
 
@@ -142,9 +154,8 @@ def last_residuals(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> 
     if found is not None:
         return found["stream"]
     result = torch.empty(len(rows), bridge.cfg.n_layers, bridge.cfg.d_model)
-    for index in padded_batches(rows):
-        tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
-        result[index] = _last_stream(bridge, tokens, inside.sum(1)).float().cpu()
+    for part in parts(bridge, rows, read=[1] * len(rows)):
+        result[part.index] = _last_stream(bridge, part).float().cpu()
     store.keep(name, {"stream": result})
     return result
 
@@ -230,33 +241,32 @@ def _shared_pass(
 def _read_last(
     bridge: TransformerBridge, tokens: Tensor, names: Sequence[str], read: int
 ) -> dict[str, Tensor]:
-    kept: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda x, hook: kept.update({name: x[:, -read:]})
+        return lambda x, hook: found[name].append(x[:, -read:])
 
-    bridge.run_with_hooks(
-        tokens.to(bridge.cfg.device),
-        fwd_hooks=[
-            *((name, keep(name)) for name in names),
-            ("unembed.hook_in", _one_position),
-        ],
-    )
-    return kept
+    hooks = [*((name, keep(name)) for name in names), ("unembed.hook_in", _one_position)]
+    order: list[int] = []
+    for part in parts(bridge, tokens.tolist(), read=[read] * len(tokens)):
+        bridge.run_with_hooks(part.tokens, fwd_hooks=hooks, **part.before)
+        order += part.index
+    if order == sorted(order):
+        return {name: torch.cat(kept) for name, kept in found.items()}
+    place = torch.tensor(order).argsort()
+    return {name: torch.cat(kept)[place] for name, kept in found.items()}
 
 
-def _last_stream(
-    bridge: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, "row"]
-) -> Float[Tensor, "row layer d_model"]:
-    """``resid_post`` of every block at the last real position of rows padded at the right."""
+def _last_stream(bridge: TransformerBridge, part: Part) -> Float[Tensor, "row layer d_model"]:
+    """``resid_post`` of every block at the last position of every row."""
     stream: list[Tensor] = []
 
     def keep(x: Tensor, hook: object) -> None:
-        stream.append(x[torch.arange(len(x), device=x.device), lengths - 1])
+        stream.append(x[torch.arange(len(x), device=x.device), part.lengths - 1])
 
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
     hooks = [*((name, keep) for name in names), ("unembed.hook_in", _one_position)]
-    bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    bridge.run_with_hooks(part.tokens, fwd_hooks=hooks, **part.before)
     return torch.stack(stream, 1)
 
 

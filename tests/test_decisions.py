@@ -9,14 +9,7 @@ from scipy import stats
 
 from interp_kit.catalogue import load_scenario
 from interp_kit.controls import LIKELY, likely_pairs, with_other_answers
-from interp_kit.decisions import (
-    MAX_TOKENS,
-    PADDED_ROWS,
-    answer_log_probs,
-    batches,
-    decide,
-    padded_batches,
-)
+from interp_kit.decisions import answer_log_probs, decide
 from interp_kit.passes import residuals
 from interp_kit.prompts import encode, encode_scenario
 from interp_kit.specs import InputError
@@ -103,26 +96,6 @@ def test_a_chat_template_is_used_as_in_generation(tiny_folders):
     assert prompt.text == "<bos> ba ki be"
     assert prompt.tokens.count(bridge.tokenizer.bos_token_id) == 1
     assert bridge.tokenizer.decode(prompt.positive) == "da"  # a reply starts without a space
-
-
-def test_batches_cover_every_item_once_and_never_mix_shapes():
-    shapes = [(5, "a"), (7, "a"), (5, "a"), (5, "b"), (9000, "a"), (9000, "a")]
-    found = list(batches(shapes))
-    assert sorted(i for batch in found for i in batch) == list(range(len(shapes)))
-    assert all(len({shapes[i] for i in batch}) == 1 for batch in found)
-    assert [4] in found
-    assert [5] in found
-
-
-def test_padded_batches_hold_every_row_once_and_pad_little():
-    lengths = [5, 90, 7, 6000, 40, 41, 5000, 22, 1, *[12] * 70]
-    found = list(padded_batches([range(n) for n in lengths]))
-    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
-    for batch in found:
-        own = [lengths[i] for i in batch]
-        assert len(own) <= PADDED_ROWS
-        assert len(own) == 1 or max(own) * len(own) <= MAX_TOKENS
-        assert max(own) <= 1.25 * min(own) + 16
 
 
 def test_the_batch_does_not_change_the_decision_or_the_stream(tiny_bridge):

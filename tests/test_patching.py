@@ -11,6 +11,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from interp_kit import batching
 from interp_kit import passes as activations
 from interp_kit.analyses.activation_patching import (
     ablation,
@@ -215,7 +216,7 @@ def test_passes_of_few_rows_are_made_together(bridge, monkeypatch, passes):
         return table, [start for start, _ in passes]
 
     together, starts = sweep()
-    monkeypatch.setattr(memory, "CALL_FLOPS", {"cpu": 0})
+    monkeypatch.setattr(batching, "CALL_FLOPS", {"cpu": 0})
     apart, starts_apart = sweep()
     first = first_difference(prompt)
     assert starts == [first, first]  # one in each direction: these models are tiny

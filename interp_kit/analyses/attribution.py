@@ -35,7 +35,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.answer_directions import AnswerToken, Asked, answer_tokens, ask
-from interp_kit.decisions import batches
+from interp_kit.batching import batches
 from interp_kit.passes import last_names, read_last
 from interp_kit.prompts import Prompt, require_prompts
 from interp_kit.readout import project_heads, projection_bias, through_frozen_norm

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import batches
+from interp_kit.batching import batches
 from interp_kit.loading import Models
 from interp_kit.passes import shared_passes
 from interp_kit.prompts import Prompt, encode_scenario

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import batches
+from interp_kit.batching import batches
 from interp_kit.layer_readout import EMBEDDING, answers_by_layer, layer_table
 from interp_kit.passes import residual_stream
 from interp_kit.prompts import Prompt

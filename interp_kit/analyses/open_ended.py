@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import answer_log_probs, batches, generated, losses
+from interp_kit.batching import batches
+from interp_kit.decisions import answer_log_probs, generated, losses
 from interp_kit.endpoints import BadReply, ChatClient, run_async
 from interp_kit.evaluations import OpenQuestion
 from interp_kit.prompts import encode, prompt_ids, token_ids, with_template

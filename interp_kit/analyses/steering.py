@@ -29,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import batches, decide, generated, padded
+from interp_kit.batching import batches, padded
+from interp_kit.decisions import decide, generated
 from interp_kit.interventions import Direction, add, intervene, remove
 from interp_kit.passes import resumed
 from interp_kit.patching.last_position import Edit, edited_end_probability

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_readout
 
-from interp_kit.decisions import padded, padded_batches
+from interp_kit.batching import padded, padded_batches
 from interp_kit.layer_readout import (
     EMBEDDING,
     Rows,

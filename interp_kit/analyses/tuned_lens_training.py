@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.decisions import batches, generated
+from interp_kit.batching import batches
+from interp_kit.decisions import generated
 from interp_kit.files import replacing
 from interp_kit.layer_readout import (
     Rows,

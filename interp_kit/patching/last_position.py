@@ -14,12 +14,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import DynamicCache
 
-from interp_kit.decisions import MAX_TOKENS, Ids, padded, padded_batches
+from interp_kit.batching import (
+    MAX_TOKENS,
+    Ids,
+    cached,
+    looks_back_only,
+    padded,
+    padded_batches,
+    shared_prefix,
+)
 from interp_kit.interventions import Operator
 from interp_kit.passes import once
-from interp_kit.patching.recording import Hooks, looks_back_only, shared_prefix
+from interp_kit.patching.recording import Hooks
 from interp_kit.prompts import Prompt
 from interp_kit.specs import InputError
 
@@ -114,9 +121,6 @@ def _keys_values(bridge: TransformerBridge, rows: Sequence[Ids]) -> list[tuple[T
 
     def compute() -> list[tuple[Tensor, Tensor]]:
         tokens, inside = padded(rows, bridge.cfg.device)
-        cache: Any = DynamicCache()
-        hooks: Hooks = [("unembed.hook_in", lambda x, hook: x[:, -1:].contiguous())]
-        bridge.run_with_hooks(tokens, fwd_hooks=hooks, past_key_values=cache)
         length = tokens.shape[1]
         at = torch.arange(length, device=tokens.device) - (length - inside.sum(1))[:, None]
         at = at.clamp(min=0)[:, None, :, None]
@@ -124,7 +128,7 @@ def _keys_values(bridge: TransformerBridge, rows: Sequence[Ids]) -> list[tuple[T
         def aligned(x: Tensor) -> Tensor:
             return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
 
-        return [(aligned(layer.keys), aligned(layer.values)) for layer in cache.layers]
+        return [(aligned(keys), aligned(values)) for keys, values in cached(bridge, tokens)]
 
     key = "keys and values", tuple(rows)
     return once(bridge, key, compute, lambda made: sum(k.nbytes + v.nbytes for k, v in made))

@@ -13,10 +13,6 @@ from interp_kit.specs import InputError
 # Patched tokens in one pass: enough to keep the device busy.
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 CHUNK_BYTES = 2**30  # that one block of a pass may take
-# What calling the modules and hooks of one block costs, in what the device computes meanwhile:
-# measured on one core (positions x layers of 8 blocks: best of 0 to 1e8), and not on the others,
-# which are taken to be so much faster.
-CALL_FLOPS = {"cpu": 2e7, "cuda": 2e10, "mps": 2e9}
 
 
 def rows_at_once(bridge: TransformerBridge, *, suffix: int) -> int:
@@ -38,13 +34,6 @@ def check_memory(bridge: TransformerBridge, *, length: int) -> None:
             f"patch at a time, and {available / 2**30:.1f} GiB are free; shorten the prompt, load "
             "the model in bfloat16, or free memory"
         )
-
-
-def call_tokens(bridge: TransformerBridge) -> int:
-    """How many tokens cost as much as calling the modules and hooks of a pass."""
-    cfg = bridge.cfg
-    weights = cfg.d_model * (4 * cfg.d_model + 3 * (cfg.d_mlp or 4 * cfg.d_model))
-    return int(CALL_FLOPS.get(_device(bridge).type, CALL_FLOPS["cpu"]) / (2 * weights))
 
 
 def _device(bridge: TransformerBridge) -> torch.device:

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Bool
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.patching.memory import call_tokens, rows_at_once
+from interp_kit.batching import call_tokens
+from interp_kit.patching.memory import rows_at_once
 from interp_kit.patching.patches import Patch, PatchSet, Place
 from interp_kit.patching.recording import Recording, SourceValues
 

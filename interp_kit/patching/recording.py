@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from interp_kit.passes import once
+from interp_kit.batching import common_beginning, looks_back_only, resumable, shared_prefix
+from interp_kit.passes import kept_before, once
 from interp_kit.patching.patches import HOOKS, Place
 
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
@@ -140,24 +140,18 @@ def recorded(
     read: int = 1,
     like: Recording | None = None,
 ) -> Recording:
-    """As ``record``; inside ``shared_passes`` a run that was recorded before is not run again."""
+    """As ``record``; inside ``shared_passes`` a run that was recorded before is not run again.
+
+    Of one that was not, the beginning is taken from the recording that begins most like it.
+    """
     kept = frozenset(places)
     key = "recording", tuple(tokens), kept, read
 
     def make() -> Recording:
-        return record(bridge, tokens, kept, read=read, like=like)
+        earlier = like or _most_alike(bridge, tokens, kept)
+        return record(bridge, tokens, kept, read=read, like=earlier)
 
     return once(bridge, key, make, lambda made: made.bytes)
-
-
-def shared_prefix(keys_values: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache of these keys and values, [row head pos d_head] of each layer.
-
-    Any multiple of their rows may attend to them, each in its turn, and none adds to them.
-    """
-    cache: Any = DynamicCache()  # no config: layers of full length; masks keep the window
-    cache.layers = [_Prefix(keys, values) for keys, values in keys_values]
-    return cache
 
 
 def moved(source: Tensor, target: Tensor, index: Sequence[int]) -> Tensor:
@@ -212,31 +206,21 @@ def gradients(
 
 
 # ------------------------------------------------------------------------------------- internals
+def _most_alike(
+    bridge: TransformerBridge, tokens: Sequence[int], places: frozenset[Place]
+) -> Recording | None:
+    """Of what is kept, the recording of these places that has most first tokens in common."""
+    if not resumable(bridge):
+        return None
+    made = [run for key, run in kept_before(bridge, "recording") if key[2] == places]
+    return max(made, key=lambda run: common_beginning(run.tokens[0].tolist(), tokens), default=None)
+
+
 def _shared_beginning(tokens: Sequence[int], like: Recording | None, *, at_most: int) -> int:
     """How many first tokens are those of a recording that has their keys and values."""
     if like is None or not like.keys_values:
         return 0
-    pairs = list(zip(tokens[:at_most], like.tokens[0].tolist()))
-    return next((n for n, (own, other) in enumerate(pairs) if own != other), len(pairs))
-
-
-class _Prefix(DynamicLayer):
-    """Keys and values of one layer and a prefix that rows attend to and none adds to."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self._prefix = keys, values
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self._before(0, key_states), self._before(1, value_states)
-
-    def _before(self, which: int, states: Tensor) -> Tensor:
-        kept = self._prefix[which]
-        times = len(states) // len(kept)
-        return torch.cat([kept.expand(times, *kept.shape).flatten(0, 1), states], -2)
+    return common_beginning(tokens[:at_most], like.tokens[0].tolist())
 
 
 def _hooks_of(place: Place) -> list[str]:
@@ -251,8 +235,3 @@ def _hooks_of(place: Place) -> list[str]:
 def _by_head(bridge: TransformerBridge, z: Tensor) -> Tensor:
     """[... head * d_head] -> [... head d_head]."""
     return z.unflatten(-1, (bridge.cfg.n_heads, -1))
-
-
-def looks_back_only(bridge: TransformerBridge) -> bool:
-    """Whether no position attends to a later one, so that a prefix can be computed once."""
-    return getattr(bridge.cfg, "attention_dir", "causal") == "causal"
