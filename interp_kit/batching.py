@@ -43,6 +43,12 @@ class Part:
     lengths: Int[Tensor, "row"]
     before: dict[str, Any]
 
+    def last(self, x: Float[Tensor, "row pos *_"], read: int) -> Float[Tensor, "row read *_"]:
+        """Of each row its last ``read`` positions; before its first one, that one again."""
+        device = self.lengths.device
+        at = (self.lengths[:, None] - torch.arange(read, 0, -1, device=device)).clamp(min=0)
+        return x[torch.arange(len(x), device=device)[:, None], at]
+
 
 def parts(
     bridge: TransformerBridge, rows: Sequence[Sequence[int]], *, read: Sequence[int]
@@ -133,6 +139,18 @@ def common_beginning(first: Sequence[int], second: Sequence[int]) -> int:
     """How many first tokens are the same."""
     pairs = enumerate(zip(first, second))
     return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def chunks(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices of rows as they stand, some at a time: at most ``MAX_TOKENS`` together."""
+    chunk: list[int] = []
+    for i, row in enumerate(rows):
+        if chunk and sum(len(rows[k]) for k in chunk) + len(row) > MAX_TOKENS:
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk:
+        yield chunk
 
 
 def batches(shapes: Sequence[tuple[int, object]]) -> Iterator[list[int]]:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.batching import batches
+from interp_kit.batching import chunks
 from interp_kit.passes import read_last
 from interp_kit.prompts import Prompt, require_prompts
 from interp_kit.readout import soft_cap
@@ -122,9 +122,9 @@ def _next_token_probabilities(
     if bridge.tokenizer is not None:  # a bridge of one's own may have none
         known = min(known, len(bridge.tokenizer))
     result = torch.zeros(len(prompts), bridge.cfg.d_vocab)
-    for index in batches([(len(p.branch), None) for p in prompts]):
-        tokens = torch.tensor([prompts[i].branch for i in index])
-        logits = read_last(bridge, tokens, ["unembed.hook_out"], 1)["unembed.hook_out"][:, 0]
+    for index in chunks([p.branch for p in prompts]):
+        rows = [prompts[i].branch for i in index]
+        logits = read_last(bridge, rows, ["unembed.hook_out"], 1)["unembed.hook_out"][:, 0]
         result[index] = soft_cap(bridge, logits.float()).softmax(-1).cpu()
     result[:, known:] = 0
     return result

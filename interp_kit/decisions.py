@@ -6,7 +6,7 @@ share their first tokens and differ in one, teacher-forcing the shared tokens ma
 logit difference of the two differing tokens: the normaliser cancels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.batching import Ids, Part, batches, padded, padded_batches, parts
+from interp_kit import store
+from interp_kit.batching import Ids, Part, padded, padded_batches, parts
 from interp_kit.prompts import Prompt, Sign, require_prompts, special_token
 from interp_kit.records import Named, answer, named
 from interp_kit.specs import InputError
@@ -25,19 +26,6 @@ from interp_kit.statistics import mean_interval, verdict
 
 LEAST_MASS = 0.1  # probability of either answer below which decisions say little
 ROUNDED_LOGIT = 8.0  # the size of logits for which limits of rounding errors are stated
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forced:
-    """Prompts of one length, each followed by an answer but for its last token.
-
-    ``tokens[i]`` belongs to ``prompts[index[i]]``; the last ``answers[sign].shape[1]`` positions
-    predict ``answers[sign]``.
-    """
-
-    index: list[int]
-    tokens: Int[Tensor, "prompt pos"]
-    answers: dict[Sign, Int[Tensor, "prompt answer"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +84,12 @@ def continuation_log_probs(
     """log p(answer | prompt) in nats, of each pair of token ids.
 
     Answers to one prompt that differ in their last token only share one row of a forward pass, and
-    rows that begin alike the pass over their beginning.
+    rows that begin alike the pass over their beginning. They are kept on disk, where there is a
+    ``store``.
     """
+    name = store.name_of(bridge, "log p", [(list(prompt), list(said)) for prompt, said in asked])
+    if (found := store.find(name)) is not None:
+        return found["log_p"]
     sharing: dict[Ids, list[int]] = {}
     for i, (prompt, said) in enumerate(asked):
         sharing.setdefault(prompt + said[:-1], []).append(i)
@@ -110,6 +102,7 @@ def continuation_log_probs(
             for i in sharing[rows[r]]:
                 ids = torch.tensor(asked[i][1])
                 result[i] = log_p[-len(ids) :].gather(-1, ids[:, None]).sum()
+    store.keep(name, {"log_p": result})
     return result
 
 
@@ -123,23 +116,6 @@ def answer_sequences(prompt: Prompt) -> list[AnswerSequence]:
         AnswerSequence(tokens=prompt.tokens + next(iter(answers.values()))[:-1], answers=answers)
         for answers in groups
     ]
-
-
-def teacher_forced(prompts: Sequence[Prompt]) -> Iterator[Forced]:
-    """Batches of prompts of one length with their answers; no padding, so no masks to get wrong.
-
-    Answers that differ in their last token only share one forward pass; others take two.
-    """
-    for index in batches([(len(p.tokens), _answer_shape(p)) for p in prompts]):
-        for batch in zip(*(answer_sequences(prompts[i]) for i in index)):
-            yield Forced(
-                index=index,
-                tokens=torch.tensor([sequence.tokens for sequence in batch]),
-                answers={
-                    sign: torch.tensor([sequence.answers[sign] for sequence in batch])
-                    for sign in batch[0].answers
-                },
-            )
 
 
 @torch.no_grad()
@@ -171,14 +147,10 @@ def last_logits(
 def part_logits(
     bridge: TransformerBridge, part: Part, read: int
 ) -> Float[Tensor, "row read vocab"]:
-    """The last logits of each row of a part; what would lie before a row's beginning repeats it."""
-    at = part.lengths[:, None] - torch.arange(read, 0, -1, device=part.lengths.device)
-    at = at.clamp(min=0)[..., None]
+    """The logits of each row of a part at its last ``read`` positions."""
     return bridge.run_with_hooks(
         part.tokens,
-        fwd_hooks=[
-            ("unembed.hook_in", lambda x, hook: x.gather(1, at.expand(-1, -1, x.shape[-1])))
-        ],
+        fwd_hooks=[("unembed.hook_in", lambda x, hook: part.last(x, read))],
         **part.before,
     )
 
@@ -260,7 +232,3 @@ def answers_given(decisions: pd.DataFrame) -> tuple[dict[str, Named], dict[str, 
     answers = {question: answer(given, summary, *summary, because=rarely)}
     print(question, answers[question])
     return summary, answers
-
-
-def _answer_shape(prompt: Prompt) -> tuple[int, int, bool]:
-    return len(prompt.positive), len(prompt.negative), prompt.one_branch

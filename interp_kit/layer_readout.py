@@ -17,8 +17,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_readout
 
-from interp_kit.batching import batches, padded
-from interp_kit.decisions import teacher_forced
+from interp_kit.batching import Ids, chunks, padded
+from interp_kit.decisions import answer_sequences
 from interp_kit.passes import residual_stream
 from interp_kit.prompts import Prompt, Sign, require_prompts
 from interp_kit.specs import InputError
@@ -37,14 +37,25 @@ def answers_by_layer(
     require_prompts(prompts)
     shape = len(prompts), bridge.cfg.n_layers + 1
     totals: dict[Sign, Tensor] = {"positive": torch.zeros(shape), "negative": torch.zeros(shape)}
-    for forced in teacher_forced(prompts):
-        read = max(ids.shape[1] for ids in forced.answers.values())
-        stream = residual_stream(bridge, forced.tokens, read)
+    asked = [(i, own) for i, prompt in enumerate(prompts) for own in answer_sequences(prompt)]
+    for chunk in chunks([sequence.tokens for _, sequence in asked]):
+        own = [asked[k] for k in chunk]
+        read = max(len(ids) for _, sequence in own for ids in sequence.answers.values())
+        stream = residual_stream(bridge, [sequence.tokens for _, sequence in own], read)
         stream = stream if translate is None else translate(stream)
-        for sign, ids in forced.answers.items():
-            at_answer = stream[:, :, -ids.shape[1] :]
-            log_p = logit_readout(bridge, at_answer, targets=ids, return_type="log_probs").values
-            totals[sign][forced.index] = log_p[..., 0].sum(-1).T.cpu()
+        alike: dict[tuple[Sign, int], list[tuple[int, int, Ids]]] = {}
+        for row, (i, sequence) in enumerate(own):
+            for sign, ids in sequence.answers.items():
+                alike.setdefault((sign, len(ids)), []).append((row, i, ids))
+        for (sign, length), answers in alike.items():
+            rows, index, ids = zip(*answers)
+            log_p = logit_readout(
+                bridge,
+                stream[:, list(rows), -length:].contiguous(),
+                targets=torch.tensor(ids, device=stream.device),
+                return_type="log_probs",
+            )
+            totals[sign][list(index)] = log_p.values[..., 0].sum(-1).T.cpu()
     return totals
 
 
@@ -72,9 +83,8 @@ def top_tokens(
     if bridge.tokenizer is None:
         raise InputError("this bridge has no tokenizer, so there are no words to show")
     rows: dict[int, list[tuple[Any, ...]]] = {}
-    for index in batches([(len(p.branch), None) for p in prompts]):
-        tokens = torch.tensor([prompts[i].branch for i in index])
-        stream = residual_stream(bridge, tokens, 1)[:, :, 0]
+    for index in chunks([p.branch for p in prompts]):
+        stream = residual_stream(bridge, [prompts[i].branch for i in index], 1)[:, :, 0]
         stream = stream if translate is None else translate(stream)
         logits, probs = (
             logit_readout(bridge, stream, top_k=k, return_type=kind) for kind in ("logits", "probs")
@@ -114,7 +124,7 @@ def stream_positions(
     tokens, inside = padded(rows, bridge.cfg.device)
     kept = inside[:, 1:].clone()
     kept[:, 0] = False
-    stream = residual_stream(bridge, tokens, tokens.shape[1])[:, :, :-1][:, kept]
+    stream = residual_stream(bridge, tokens.tolist(), tokens.shape[1])[:, :, :-1][:, kept]
     return stream, tokens[:, 1:][kept], kept.nonzero()[:, 0]
 
 

@@ -9,8 +9,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeGuard, TypeVar
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +25,8 @@ from interp_kit.prompts import Prompt
 
 Residuals = Float[Tensor, "prompt layer d_model"]
 Kept = TypeVar("Kept")
-KEPT_BYTES = 2**30  # of what is recorded, inside ``shared_passes``
+# Of what is recorded, inside ``shared_passes``: an eighth of the memory, but at least one GiB.
+KEPT_BYTES = max(2**30, psutil.virtual_memory().total // 8)
 
 _shared: ContextVar["OrderedDict[Hashable, tuple[Any, int]] | None"] = ContextVar(
     "shared passes", default=None
@@ -51,21 +54,23 @@ def shared_passes() -> Iterator[None]:
 
 
 def read_last(
-    bridge: TransformerBridge, tokens: Tensor, names: Sequence[str], read: int
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], names: Sequence[str], read: int
 ) -> dict[str, Tensor]:
-    """Activations by hook name, [prompt read ...], at the last ``read`` positions.
+    """Activations by hook name, [row read ...], at the last ``read`` positions of rows of tokens.
 
-    Of ``unembed.hook_out`` the last position only: the others are never unembedded. Passes are
-    shared of the hooks in ``last_names``; others are read in a pass of their own.
+    Before a row's first position stands that one again. Of ``unembed.hook_out`` there is the last
+    position only: the others are never unembedded. Passes are shared of the hooks in
+    ``last_names``; others are read in a pass of their own.
     """
     kept, shared = _shared.get(), last_names(bridge)
     state = state_of(bridge) if kept is not None and set(names) <= set(shared) else None
     if kept is None or state is None:
-        return _read_last(bridge, tokens, names, read)
-    key = "last", bridge, state, repr(tokens.tolist())
+        return _read_last(bridge, rows, names, read)
+    rows = [list(map(int, row)) for row in rows]
+    key = "last", bridge, state, repr(rows)
     found = _find(kept, key)
     if not _reaches(found, read):
-        found = _shared_pass(bridge, tokens, shared, read)
+        found = _shared_pass(bridge, rows, shared, read)
         _keep(kept, key, found, sum(x.nbytes for x in found.values()))
     return {name: found[name][:, -read:] for name in names}
 
@@ -121,12 +126,12 @@ def last_names(bridge: TransformerBridge) -> list[str]:
 
 @torch.no_grad()
 def residual_stream(
-    bridge: TransformerBridge, tokens: Tensor, read: int
-) -> Float[Tensor, "layer prompt read d_model"]:
-    """The embedding and ``resid_post`` of every block, at the last ``read`` positions."""
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], read: int
+) -> Float[Tensor, "layer row read d_model"]:
+    """The embedding and ``resid_post`` of every block, at the last ``read`` positions of rows."""
     names = ["blocks.0.hook_resid_pre"]
     names += [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
-    kept = read_last(bridge, tokens, names, read)
+    kept = read_last(bridge, rows, names, read)
     return torch.stack([kept[name] for name in names])
 
 
@@ -225,36 +230,39 @@ def _reaches(kept: dict[str, Tensor] | None, read: int) -> TypeGuard[dict[str, T
 
 
 def _shared_pass(
-    bridge: TransformerBridge, tokens: Tensor, names: Sequence[str], read: int
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], names: Sequence[str], read: int
 ) -> dict[str, Tensor]:
     """All that is shared of last positions, from the disk if it is there."""
-    name = store.name_of(bridge, names, tokens.tolist())
+    name = store.name_of(bridge, names, rows)
     found = store.find(name)
     if _reaches(found, read):
         return {key: tensor.to(bridge.cfg.device) for key, tensor in found.items()}
-    computed = _read_last(bridge, tokens, names, read)
+    computed = _read_last(bridge, rows, names, read)
     store.keep(name, computed)
     return computed
 
 
 @torch.no_grad()
 def _read_last(
-    bridge: TransformerBridge, tokens: Tensor, names: Sequence[str], read: int
+    bridge: TransformerBridge, rows: Sequence[Sequence[int]], names: Sequence[str], read: int
 ) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda x, hook: found[name].append(x[:, -read:])
-
-    hooks = [*((name, keep(name)) for name in names), ("unembed.hook_in", _one_position)]
     order: list[int] = []
-    for part in parts(bridge, tokens.tolist(), read=[read] * len(tokens)):
+    for part in parts(bridge, rows, read=[min(read, len(row)) for row in rows]):
+        hooks: list[tuple[str | Callable[..., Any], Callable[..., Any]]]
+        hooks = [(name, _keeping(part, read, kept)) for name, kept in found.items()]
+        hooks.append(("unembed.hook_in", partial(_last_of, part)))
         bridge.run_with_hooks(part.tokens, fwd_hooks=hooks, **part.before)
         order += part.index
-    if order == sorted(order):
-        return {name: torch.cat(kept) for name, kept in found.items()}
     place = torch.tensor(order).argsort()
-    return {name: torch.cat(kept)[place] for name, kept in found.items()}
+    return {name: torch.cat(kept)[place.to(kept[0].device)] for name, kept in found.items()}
+
+
+def _keeping(part: Part, read: int, kept: list[Tensor]) -> Callable[..., None]:
+    def keep(x: Tensor, hook: Any) -> None:
+        kept.append(x if hook.name == "unembed.hook_out" else part.last(x, read))
+
+    return keep
 
 
 def _last_stream(bridge: TransformerBridge, part: Part) -> Float[Tensor, "row layer d_model"]:
@@ -262,14 +270,14 @@ def _last_stream(bridge: TransformerBridge, part: Part) -> Float[Tensor, "row la
     stream: list[Tensor] = []
 
     def keep(x: Tensor, hook: object) -> None:
-        stream.append(x[torch.arange(len(x), device=x.device), part.lengths - 1])
+        stream.append(part.last(x, 1)[:, 0])
 
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
-    hooks = [*((name, keep) for name in names), ("unembed.hook_in", _one_position)]
+    hooks = [*((name, keep) for name in names), ("unembed.hook_in", partial(_last_of, part))]
     bridge.run_with_hooks(part.tokens, fwd_hooks=hooks, **part.before)
     return torch.stack(stream, 1)
 
 
-def _one_position(x: Tensor, hook: object) -> Tensor:
-    """The last of the batch only: nothing else is unembedded."""
-    return x[:, -1:].contiguous()  # a view would be multiplied row by row, ten times as slowly
+def _last_of(part: Part, x: Tensor, hook: object) -> Tensor:
+    """The last position of each row only: nothing else is unembedded."""
+    return part.last(x, 1)

@@ -118,8 +118,8 @@ def test_what_is_read_at_last_positions_is_that_of_whole_rows(tiny_bridge, witho
     tokens = torch.tensor(rows_of((3, 4, 5), (6, 7, 8), (3, 4, 9)))
     tokens = torch.cat([tokens, tokens.flip(1)])[[0, 3, 1, 4, 2]]
     names = last_names(tiny_bridge)
-    whole = without_beginnings(lambda: read_last(tiny_bridge, tokens, names, 2))
-    for name, found in read_last(tiny_bridge, tokens, names, 2).items():
+    whole = without_beginnings(lambda: read_last(tiny_bridge, tokens.tolist(), names, 2))
+    for name, found in read_last(tiny_bridge, tokens.tolist(), names, 2).items():
         torch.testing.assert_close(found, whole[name], rtol=1e-4, atol=1e-4)
 
 

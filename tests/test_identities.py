@@ -167,11 +167,11 @@ def test_shared_passes_give_the_same_numbers_in_one_pass(tiny_bridge, monkeypatc
 def test_shared_passes_read_further_back_when_asked(tiny_bridge):
     tokens = torch.tensor([tiny_prompts(tiny_bridge)[0].tokens])
     name = "blocks.1.hook_resid_post"
-    alone = read_last(tiny_bridge, tokens, [name], 3)[name]
+    alone = read_last(tiny_bridge, tokens.tolist(), [name], 3)[name]
     with shared_passes():
-        read_last(tiny_bridge, tokens, [name], 1)
-        assert torch.equal(read_last(tiny_bridge, tokens, [name], 3)[name], alone)
-        assert torch.equal(read_last(tiny_bridge, tokens, [name], 2)[name], alone[:, -2:])
+        read_last(tiny_bridge, tokens.tolist(), [name], 1)
+        assert torch.equal(read_last(tiny_bridge, tokens.tolist(), [name], 3)[name], alone)
+        assert torch.equal(read_last(tiny_bridge, tokens.tolist(), [name], 2)[name], alone[:, -2:])
 
 
 def test_a_batch_that_comes_again_resumes_where_it_is_edited(tiny_bridge):

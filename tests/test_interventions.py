@@ -18,7 +18,7 @@ def some_tokens(bridge, n=9):
 
 def after(bridge, tokens, layer):
     """The stream after a block, at all positions."""
-    return residual_stream(bridge, tokens, tokens.shape[1])[layer + 1]
+    return residual_stream(bridge, tokens.tolist(), tokens.shape[1])[layer + 1]
 
 
 def hooks_of(bridge):

@@ -65,7 +65,7 @@ def both(bridge):
     """What is kept of last positions, by either way of asking."""
     rows, name = [[2, 5, 9, 4], [2, 7, 9]], "unembed.hook_out"
     with shared_passes():
-        logits = read_last(bridge, torch.tensor(rows[:1]), [name], 1)[name].float()
+        logits = read_last(bridge, rows[:1], [name], 1)[name].float()
         return last_residuals(bridge, rows), logits
 
 
@@ -103,10 +103,12 @@ def test_found_passes_give_the_computed_numbers(tiny_bridge, kept, monkeypatch):
 
 def test_a_pass_that_was_read_less_far_is_run_again(tiny_bridge, kept):
     tokens, name = torch.tensor(rows_of(tiny_bridge)[:1]), "blocks.1.hook_resid_post"
-    alone = read_last(tiny_bridge, tokens, [name], 3)[name]
+    alone = read_last(tiny_bridge, tokens.tolist(), [name], 3)[name]
     for read in (1, 3, 2):
         with shared_passes():
-            assert torch.equal(read_last(tiny_bridge, tokens, [name], read)[name], alone[:, -read:])
+            assert torch.equal(
+                read_last(tiny_bridge, tokens.tolist(), [name], read)[name], alone[:, -read:]
+            )
     (file,) = kept.iterdir()
     found = store.find(file.stem)
     assert found is not None
@@ -374,10 +376,10 @@ def test_files_that_change_after_loading_are_not_taken_for_those_loaded(tmp_path
 def test_the_last_reader_takes_any_hook_and_forgets_what_is_too_much(tiny_bridge, monkeypatch):
     tokens = torch.tensor(rows_of(tiny_bridge)[:1])
     names = ["blocks.0.hook_in", "blocks.1.hook_resid_post"]
-    alone = read_last(tiny_bridge, tokens, names, 2)
+    alone = read_last(tiny_bridge, tokens.tolist(), names, 2)
     with shared_passes():
         for _ in range(2):
-            inside = read_last(tiny_bridge, tokens, names, 2)
+            inside = read_last(tiny_bridge, tokens.tolist(), names, 2)
             assert all(torch.equal(inside[name], alone[name]) for name in names)
     monkeypatch.setattr(passes, "KEPT_BYTES", 0)
     runs, run = [], tiny_bridge.run_with_hooks
@@ -386,7 +388,7 @@ def test_the_last_reader_takes_any_hook_and_forgets_what_is_too_much(tiny_bridge
     )
     with shared_passes():
         for _ in range(2):
-            read_last(tiny_bridge, tokens, names[1:], 2)
+            read_last(tiny_bridge, tokens.tolist(), names[1:], 2)
     assert len(runs) == 2
 
 

@@ -147,7 +147,7 @@ def test_a_planted_offset_is_recovered(tiny_folders):
     )
     assert kl["logit", 1] > 0.3
     assert kl["tuned", 1] < 0.02 * kl["logit", 1]
-    stream = residual_stream(bridge, torch.tensor([rows[-1]]), 4)
+    stream = residual_stream(bridge, [rows[-1]], 4)
     written = (lens.translate(stream) - stream)[2].mean((0, 1))
     parts = written - written.mean(), offset - offset.mean()  # LayerNorm does not see the mean
     assert torch.cosine_similarity(*parts, dim=0) > 0.9

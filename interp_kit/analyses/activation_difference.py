@@ -46,7 +46,7 @@ def first_tokens(rows: Sequence[Sequence[int]], n_positions: int) -> Int[Tensor,
 @torch.no_grad()
 def streams(bridge: TransformerBridge, tokens: Int[Tensor, "text pos"]) -> Streams:
     """The residual stream after every block at every position, float32."""
-    kept = residual_stream(bridge, tokens, tokens.shape[1])[1:]
+    kept = residual_stream(bridge, tokens.tolist(), tokens.shape[1])[1:]
     return torch.einsum("l t p d -> t p l d", kept).float().cpu()
 
 

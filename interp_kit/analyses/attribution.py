@@ -35,7 +35,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit.answer_directions import AnswerToken, Asked, answer_tokens, ask
-from interp_kit.batching import batches
+from interp_kit.batching import chunks
 from interp_kit.passes import last_names, read_last
 from interp_kit.prompts import Prompt, require_prompts
 from interp_kit.readout import project_heads, projection_bias, through_frozen_norm
@@ -197,9 +197,8 @@ def contrast_attribution(
     """
     tables = []
     firsts = [p.branch for p in prompts]
-    for index in batches([(len(row), None) for row in firsts]):
-        tokens = torch.tensor([firsts[i] for i in index])
-        terms, normed = _terms(bridge, record_last(bridge, tokens))
+    for index in chunks(firsts):
+        terms, normed = _terms(bridge, record_last(bridge, [firsts[i] for i in index]))
         both = bridge.W_U[:, pairs[index].to(bridge.W_U.device)].float()
         pattern = "prompt term d_model, d_model prompt draw -> prompt term draw"
         shares = einsum(normed, both[..., 0] - both[..., 1], pattern)
@@ -215,8 +214,8 @@ def head_sum_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> floa
     """Largest difference, in any coordinate, between attention outputs and sums of heads."""
     require_prompts(prompts)
     worst, firsts = 0.0, [p.branch for p in prompts]
-    for index in batches([(len(row), None) for row in firsts]):
-        cache = record_last(bridge, torch.tensor([firsts[i] for i in index]))
+    for index in chunks(firsts):
+        cache = record_last(bridge, [firsts[i] for i in index])
         for layer in range(bridge.cfg.n_layers):
             parts = head_outputs(bridge, layer, cache).sum(1) + attention_bias(bridge, layer, cache)
             whole = cache[f"blocks.{layer}.hook_attn_out"]
@@ -225,9 +224,9 @@ def head_sum_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> floa
 
 
 @torch.no_grad()
-def record_last(bridge: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> Cache:
-    """What ``head_outputs`` and the attributions need, at the last position, by hook name."""
-    kept = read_last(bridge, tokens, last_names(bridge), 1)
+def record_last(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Cache:
+    """What ``head_outputs`` and the attributions need, at rows' last position, by hook name."""
+    kept = read_last(bridge, rows, last_names(bridge), 1)
     return {name: x[:, -1] for name, x in kept.items()}
 
 
@@ -274,9 +273,15 @@ def _batches(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Iterator[_
         kinds.append((Term(name="SOFT_CAP", kind="cap"), "cap"))
     if any(token.answer != "both" for token in tokens):
         kinds.append((Term(name="LOG_NORMALISER", kind="normaliser"), "normaliser"))
-    for index in batches([(len(token.before), token.answer == "both") for token in tokens]):
-        own = [tokens[i] for i in index]
-        cache = record_last(bridge, torch.tensor([token.before for token in own]))
+    parting = [token for token in tokens if token.answer == "both"]
+    further = [token for token in tokens if token.answer != "both"]
+    asked_together = [
+        [alike[i] for i in chunk]
+        for alike in (parting, further)
+        for chunk in chunks([token.before for token in alike])
+    ]
+    for own in asked_together:
+        cache = record_last(bridge, [token.before for token in own])
         asked = ask(bridge, cache["unembed.hook_out"].float(), own)
         rest = [getattr(asked, name) for _, name in kinds]
         yield _Batch(

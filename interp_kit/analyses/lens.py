@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.batching import batches
+from interp_kit.batching import chunks
 from interp_kit.layer_readout import EMBEDDING, answers_by_layer, layer_table
 from interp_kit.passes import residual_stream
 from interp_kit.prompts import Prompt
@@ -46,9 +46,9 @@ def contrast_lens(
     after each layer, soft cap included, which is that of their log probabilities.
     """
     tables = []
-    for index in batches([(len(p.branch), None) for p in prompts]):
-        tokens = torch.tensor([prompts[i].branch for i in index])
-        normed = final_norm(bridge, residual_stream(bridge, tokens, 1)[:, :, 0])
+    for index in chunks([p.branch for p in prompts]):
+        stream = residual_stream(bridge, [prompts[i].branch for i in index], 1)[:, :, 0]
+        normed = final_norm(bridge, stream)
         for row, i in enumerate(index):
             ids = pairs[i].flatten().tolist()
             both = unembed(bridge, normed[:, row], ids).unflatten(-1, (-1, 2)).cpu()

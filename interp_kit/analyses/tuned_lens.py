@@ -162,7 +162,7 @@ def prediction_depth(bridge: TransformerBridge, rows: Rows, lens: TunedLens) -> 
     tables = []
     for index in padded_batches(rows):
         tokens, inside = padded([rows[i] for i in index], bridge.cfg.device)
-        stream = residual_stream(bridge, tokens, tokens.shape[1])[:, inside]
+        stream = residual_stream(bridge, tokens.tolist(), tokens.shape[1])[:, inside]
         best = logit_readout(bridge, lens.translate(stream), top_k=1).top_ids
         assert best is not None
         other = (best[..., 0] != best[-1, :, 0]).cpu()
