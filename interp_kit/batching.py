@@ -115,6 +115,19 @@ def shared_prefix(keys_values: Iterable[KeysValues]) -> DynamicCache:
     return cache
 
 
+def before_layer(cache: DynamicCache | None, layer: int) -> dict[str, Tensor]:
+    """``keys`` and ``values`` that a cache holds for a layer; nothing where it holds none."""
+    held: Any = cache.layers[layer] if cache and len(cache.layers) > layer else None
+    if held is None or not held.is_initialized:
+        return {}
+    return {"keys": held.keys, "values": held.values}
+
+
+def adds_nothing(cache: DynamicCache | None, layer: int) -> bool:
+    """Whether a pass leaves the cache's layer as it is: there is no cache, or a shared prefix."""
+    return cache is None or (len(cache.layers) > layer and isinstance(cache.layers[layer], _Prefix))
+
+
 def looks_back_only(bridge: TransformerBridge) -> bool:
     """Whether no position attends to a later one, so that a prefix can be computed once."""
     return getattr(bridge.cfg, "attention_dir", "causal") == "causal"

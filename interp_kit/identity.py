@@ -25,6 +25,7 @@ from interp_kit.files import digest
 
 Adapters = tuple[tuple[str, tuple[tuple[str, float | None], ...]], ...]  # module -> (name, scaling)
 State = tuple[int, Adapters]  # how often weights were seen to change; the adapters that are live
+COMPUTES_THE_SAME = "computes_the_same"  # marks a replaced ``forward`` that changes no number
 _KEY = "_interp_kit_watched"  # on the bridge itself: what is kept about it is freed with it
 
 
@@ -134,10 +135,16 @@ class _Watched:
             )
             or bool(torch_module._global_forward_hooks)
             or bool(torch_module._global_forward_pre_hooks)
-            or any("forward" in own or own["training"] for own in self._attributes)
+            or any(own["training"] or not _computes_the_same(own) for own in self._attributes)
             or torch.is_autocast_enabled("cpu")
             or torch.is_autocast_enabled("cuda")
         )
+
+
+def _computes_the_same(attributes: Mapping[str, Any]) -> bool:
+    """Whether a module computes by its own ``forward``, or by one that gives the same."""
+    replaced = attributes.get("forward")
+    return replaced is None or COMPUTES_THE_SAME in getattr(replaced, "__dict__", {})
 
 
 def _only_captures(hook: object) -> bool:

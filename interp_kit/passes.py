@@ -17,13 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import DynamicCache
 
 from interp_kit import store
-from interp_kit.batching import Part, parts
-from interp_kit.identity import state_of
+from interp_kit.batching import Part, adds_nothing, before_layer, parts
+from interp_kit.identity import COMPUTES_THE_SAME, state_of
 from interp_kit.prompts import Prompt
 
 Residuals = Float[Tensor, "prompt layer d_model"]
+# What a block gave, and the keys and values that it added, by block and what entered the first.
+Replays = dict[tuple[int, str], tuple[Any, dict[str, Tensor]]]
 Kept = TypeVar("Kept")
 # Of what is recorded, inside ``shared_passes``: an eighth of the memory, but at least one GiB.
 KEPT_BYTES = max(2**30, psutil.virtual_memory().total // 8)
@@ -166,32 +169,46 @@ def last_residuals(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> 
 
 
 @contextmanager
-def resumed(bridge: TransformerBridge, layer: int) -> Iterator[None]:
+def resumed(
+    bridge: TransformerBridge, layer: int, *, kept: Replays | None = None
+) -> Iterator[None]:
     """Inside, a batch that comes again is computed from the output of block ``layer`` on.
 
-    For many edits of the stream there or later: the blocks before are computed once. Nothing inside
-    may change what those compute or read them, and no key-value cache may be in use: a batch is
-    known again by what enters the first block.
+    For many edits of the stream or the weights there or later: the blocks before are computed once.
+    Nothing inside may change what those compute or read them. A batch is known again by what enters
+    the first block, and by the beginning that it attends to. With ``kept``, which begins empty,
+    what every block gave is kept for further such contexts, which may resume after another block;
+    -1, and less, is none.
     """
-    ended: dict[str, Any] = {}  # what left block ``layer``, by what entered the first one
+    ended: Replays = {} if kept is None else kept
     now = ""
 
     def wrapped(at: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal now
+            given = [*args, *kwargs.values()]
+            cache = next((x for x in given if isinstance(x, DynamicCache)), None)
             if at == 0:
                 entering = args[0] if args else kwargs["hidden_states"]
-                now = store.tensors_digest(entering=entering)
-            if now in ended:
-                return ended[now]
+                now = store.tensors_digest(entering=entering, **before_layer(cache, 0))
+            known = layer if kept is None else at  # what block ``layer`` gave passes through all
+            if (known, now) in ended:
+                out, states = ended[known, now]
+                if kept is not None and states and cache is not None:
+                    cache.update(states["keys"], states["values"], at)
+                return out
+            begun = before_layer(cache, at)
             out = forward(*args, **kwargs)
-            if at == layer:
-                ended[now] = out
+            added = {} if begun else before_layer(cache, at)
+            if (at == layer or kept is not None) and (adds_nothing(cache, at) or not begun):
+                ended[at, now] = out, added
             return out
 
+        if kept is not None:
+            vars(run)[COMPUTES_THE_SAME] = True
         return run
 
-    blocks = [block.original_component for block in bridge.blocks[: layer + 1]]
+    blocks = [block.original_component for block in bridge.blocks[: max(0, layer + 1)]]
     own = [vars(block).get("forward") for block in blocks]
     try:
         for at, block in enumerate(blocks):

@@ -1,9 +1,13 @@
 """Rows in passes: batches of one length, padded ones, and beginnings that are computed once."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from interp_kit import batching
+from interp_kit import batching, identity
+from interp_kit.analyses import weights
+from interp_kit.analyses.weights import layer_swap, nested_layer_swap
 from interp_kit.batching import (
     MAX_TOKENS,
     PADDED_ROWS,
@@ -12,9 +16,11 @@ from interp_kit.batching import (
     parts,
     shared_beginnings,
 )
+from interp_kit.catalogue import load_scenario
 from interp_kit.decisions import continuation_log_probs, decide
-from interp_kit.passes import last_names, last_residuals, read_last, shared_passes
+from interp_kit.passes import last_names, last_residuals, read_last, resumed, shared_passes
 from interp_kit.patching.recording import recorded
+from interp_kit.prompts import encode_scenario
 from tests.conftest import tiny_prompts
 
 STEM = tuple(range(20, 50))  # longer than the sliding windows of the tiny models
@@ -156,3 +162,47 @@ def test_a_recording_begins_as_the_one_most_like_it(tiny_bridge):
         shared = begun[1].activations[place][: len(STEM)]
         assert torch.equal(found.activations[place][: len(STEM)], shared)
     torch.testing.assert_close(found.logits, alone.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("eager")
+def test_rows_resume_behind_the_beginning_that_is_theirs(tiny_bridge, without_beginnings):
+    """The same ends after two beginnings of one length: what enters the first block is the same."""
+    ends = [(3, 4), (3, 5), (6, 7)]
+    rows = [(*stem, *end) for stem in (STEM, STEM[::-1]) for end in ends]
+    assert sum(bool(part.before) for part in parts(tiny_bridge, rows, read=[1] * 6)) == 2
+    asked = [(row, (8,)) for row in rows]
+    whole = without_beginnings(lambda: continuation_log_probs(tiny_bridge, asked))
+    kept = {}
+    for layer in range(-2, tiny_bridge.cfg.n_layers):
+        with resumed(tiny_bridge, layer, kept=kept):
+            for _ in range(2):
+                found = continuation_log_probs(tiny_bridge, asked)
+                torch.testing.assert_close(found, whole, rtol=1e-5, atol=2e-5)
+
+
+def test_a_layer_swap_computes_no_block_below_the_layer_again(organisms, monkeypatch):
+    source, target = "ipd-strategic", "ipd-utilitarian"
+    scenario = load_scenario("CC_temptation")
+    prompts = encode_scenario(organisms.switch(target), scenario)
+    ran = []
+    bridge = organisms.switch(target)
+    handles = [
+        block.attn.register_forward_pre_hook(lambda module, args, at=at: ran.append(at))
+        for at, block in enumerate(bridge.blocks)
+    ]
+    monkeypatch.setattr(identity._Watched, "_disturbed", lambda self: False)  # these only count
+    swapped = layer_swap(organisms, source, target, prompts)
+    nested = nested_layer_swap(organisms, source, target, prompts, order=[6, 5, 0, 3])
+    few = ran.count(0)
+    ran.clear()
+    monkeypatch.setattr(weights, "resumed", lambda *given, **named: nullcontext())
+    plain = layer_swap(organisms, source, target, prompts)
+    one_by_one = nested_layer_swap(organisms, source, target, prompts, order=[6, 5, 0, 3])
+    for handle in handles:
+        handle.remove()
+    assert swapped.value.tolist() == pytest.approx(plain.value.tolist(), abs=2e-5)
+    assert nested.decision.tolist() == pytest.approx(one_by_one.decision.tolist(), abs=2e-5)
+    assert swapped.change.abs().max() > 0.1
+    assert ran.count(0) >= len(bridge.blocks) + 5
+    # Without exchange, exchanged alone, to begin the others; then as nested sets hold it or not.
+    assert few <= 3 + 2 + 4

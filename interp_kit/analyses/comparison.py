@@ -61,13 +61,15 @@ def across_pairs(
         if len(pair) != 2:
             raise InputError(f"expected pairs [source, target], got {list(pair)}")
         models.require_comparable(*pair)
-    tables: list[list[pd.DataFrame]] = []
-    everything = list(product(pairs, scenarios))
-    for (source, target), scenario in tqdm(everything, desc="pairs", unit="cell", leave=False):
-        prompts = encode_scenario(models.switch(target), scenario)
-        name = f"{models.title(source)} -> {models.title(target)}"
-        tables.append(
-            [
+    tables: dict[tuple[int, int], list[pd.DataFrame]] = {}
+    everything = list(product(enumerate(scenarios), enumerate(pairs)))
+    with shared_passes():  # a model may be part of several pairs
+        for (j, scenario), (i, (source, target)) in tqdm(
+            everything, desc="pairs", unit="cell", leave=False
+        ):
+            prompts = encode_scenario(models.switch(target), scenario)
+            name = f"{models.title(source)} -> {models.title(target)}"
+            tables[i, j] = [
                 table.assign(
                     experiment=name,
                     scenario=scenario.name,
@@ -75,8 +77,8 @@ def across_pairs(
                 )
                 for table in analysis(models, source, target, prompts)
             ]
-        )
-    return tuple(pd.concat(own, ignore_index=True) for own in zip(*tables))
+    by_pair = zip(*(tables[cell] for cell in sorted(tables)))
+    return tuple(pd.concat(own, ignore_index=True) for own in by_pair)
 
 
 def paired_drops(

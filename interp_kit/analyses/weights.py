@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from interp_kit.decisions import decide
 from interp_kit.loading import Models
+from interp_kit.passes import Replays, resumed
 from interp_kit.prompts import Prompt
 
 
@@ -46,10 +47,14 @@ def layer_swap(models: Models, source: str, target: str, prompts: Sequence[Promp
     source_value = decide(models.switch(source), prompts).value
     baseline = decide(models.switch(target), prompts).value
     tables = []
+    kept: Replays = {}  # what the target's blocks give, to begin each run at the exchanged one
     for layer in tqdm(
         models.parts(target, source), desc="swapping layers", unit="layer", leave=False
     ):
-        with models.with_layers_from(target, source, [layer]) as bridge:
+        with (
+            models.with_layers_from(target, source, [layer]) as bridge,
+            resumed(bridge, layer - 1, kept=kept),
+        ):
             table = decide(bridge, prompts)[["prompt", "group", "value"]]
         table = table.assign(layer=layer, baseline=baseline, source=source_value)
         tables.append(table.assign(change=table.value - baseline))
@@ -66,9 +71,14 @@ def nested_layer_swap(
     fraction of source - target that is recovered: 0 for no layer, 1 for all of them.
     """
     goal = float(decide(models.switch(source), prompts).value.mean())
-    decisions = []
+    decisions: list[float] = []
+    kept: Replays = {}
     for n in range(len(order) + 1):
-        with models.with_layers_from(target, source, order[:n]) as bridge:
+        below = min(order[:n], default=models.switch(target).cfg.n_layers)
+        with (
+            models.with_layers_from(target, source, order[:n]) as bridge,
+            resumed(bridge, below - 1, kept=kept),
+        ):
             decisions.append(float(decide(bridge, prompts).value.mean()))
     table = pd.DataFrame({"n": range(len(order) + 1), "layer": [-1, *order]})
     table["decision"] = decisions
