@@ -77,6 +77,7 @@ def run_cells(
             ended += blocked
             closed = {outcome.cell.folder for outcome in blocked}
             rest = [cell for cell in others if cell.folder not in closed]
+            rest.sort(key=_size, reverse=True)  # so that the longest does not run alone at the end
             ended += _run_all(rest, context, executor, client, at_once=at_once)
         except KeyboardInterrupt:
             kept = len(cells) - len(stale(cells))
@@ -111,6 +112,12 @@ def _blocked(cells: Sequence[Cell], gates: Sequence[Outcome]) -> list[Outcome]:
             )
             refused.append(refuse(cell, reason))
     return refused
+
+
+def _size(cell: Cell) -> int:
+    """How many models and scenarios a cell has to do with: the more, the longer it takes."""
+    models, scenarios = (len(names(cell.parameters, kind)) for kind in ("model", "scenario"))
+    return max(1, models) * max(1, scenarios)
 
 
 def _run_all(

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
+from interp_kit.analyses import circuits
 from interp_kit.analyses.circuits import circuit_scores, find_circuit, overlap, random_circuits
 from interp_kit.analyses.weights import layer_swap, nested_layer_swap, weight_norms
 from interp_kit.catalogue import load_scenario
@@ -52,6 +53,30 @@ def test_a_circuit_suffices_and_every_component_of_it_is_needed(
     assert enough[0]
     assert not enough[1:].any()
     assert circuit.added >= len(circuit.patches)
+
+
+@pytest.mark.parametrize("recover", [0.0, 0.5])
+def test_the_search_stops_where_enough_is_found_and_finds_what_a_whole_one_does(
+    strategic_into_deontological, monkeypatch, recover
+):
+    experiments, candidates = strategic_into_deontological
+    monkeypatch.setattr(circuits, "AT_ONCE", 3)
+    found = find_circuit(experiments, candidates, recover=recover)
+    monkeypatch.setattr(circuits, "AT_ONCE", len(candidates) + 1)
+    whole = find_circuit(experiments, candidates, recover=recover)
+    assert found is not None
+    assert whole is not None
+    assert (found.patches, found.added, found.to_flip) == (
+        whole.patches,
+        whole.added,
+        whole.to_flip,
+    )
+    assert [*whole.growth] == [*range(len(candidates) + 1)]
+    assert [*found.growth][: found.added + 1] == [*range(found.added + 1)]
+    assert len(found.growth) < len(whole.growth)
+    assert len(candidates) in found.growth
+    for n, value in found.growth.items():
+        assert value == pytest.approx(whole.growth[n], abs=1e-4)
 
 
 def test_everything_is_faithful_and_complete_and_nothing_is_neither(

@@ -15,7 +15,7 @@ et al., "Towards Automated Circuit Discovery", arXiv:2304.14997; Shi et al., "Hy
 Circuit Hypothesis in LLMs", arXiv:2410.13032 (random circuits as the null).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,8 @@ from interp_kit.patching.experiments import Experiment
 from interp_kit.patching.patches import UNPATCHED, Patch, PatchSet
 from interp_kit.patching.table import SAME, recovered_fraction
 
+AT_ONCE = 32  # sets of a search that are tried before looking whether they are enough
+
 
 @dataclass(frozen=True, kw_only=True)
 class Circuit:
@@ -33,13 +35,14 @@ class Circuit:
 
     ``to_flip``: how many components, added in that order, flip the mean decision; ``None`` if the
     source has the baseline's sign or no number does. ``added``: how many were added before pruning.
-    ``growth``: the fraction recovered by the first 0, 1, 2, ... of all candidates in that order.
+    ``growth``: the fraction recovered by the first n of all candidates in that order, by n: every n
+    until the search ends, then every tenth, and all.
     """
 
     patches: tuple[Patch, ...]
     added: int
     to_flip: int | None
-    growth: tuple[float, ...]
+    growth: Mapping[int, float]
 
     @property
     def components(self) -> list[str]:
@@ -61,9 +64,10 @@ def find_circuit(
         return None
     single = _recovered(experiments, [frozenset([c]) for c in candidates])
     order = [candidates[i] for i in np.argsort(-single, kind="stable")]
-    nested = _recovered(experiments, [frozenset(order[:n]) for n in range(len(order) + 1)])
-    flips = np.flatnonzero(_flipped(experiments, nested))
-    enough = np.flatnonzero(_enough(experiments, nested, recover))
+    growth = _growth(experiments, order, recover)
+    counts, nested = np.array([*growth]), np.array([*growth.values()])
+    flips = counts[_flipped(experiments, nested)]
+    enough = counts[_enough(experiments, nested, recover)]
     if not len(enough):
         return None
     size = int(enough[0])
@@ -71,7 +75,7 @@ def find_circuit(
         patches=tuple(_pruned(experiments, order[:size], recover)),
         added=size,
         to_flip=int(flips[0]) if len(flips) else None,
-        growth=tuple(nested.tolist()),
+        growth=growth,
     )
 
 
@@ -185,6 +189,35 @@ def _recovered(
     baseline, source_value = _means(experiments)
     values = np.mean([e.values(patch_sets, base=base)[1:].numpy() for e in experiments], axis=0)
     return recovered_fraction(values - baseline, baseline, source_value)
+
+
+def _growth(
+    experiments: Sequence[Experiment], order: Sequence[Patch], recover: float
+) -> dict[int, float]:
+    """The fraction that the first n recover, by n: every n until nothing more is looked for.
+
+    That is the first n that recovers enough and, where the source has the other sign, the first
+    that flips the decision. From there on every tenth.
+    """
+    baseline, source_value = _means(experiments)
+    flips = (baseline > 0) != (source_value > 0)
+    found: dict[int, float] = {}
+
+    def add(counts: Sequence[int]) -> None:
+        sets = [frozenset(order[:n]) for n in counts]
+        found.update(zip(counts, _recovered(experiments, sets).tolist()))
+
+    n, everything = 0, len(order) + 1
+    while n < everything:
+        add(range(n, min(everything, n + AT_ONCE)))
+        n = len(found)
+        nested = np.array([*found.values()])
+        flipped = not flips or _flipped(experiments, nested).any()
+        if flipped and _enough(experiments, nested, recover).any():
+            break
+    if n < everything:
+        add([*range(n, everything - 1, 10), everything - 1])
+    return found
 
 
 def _flipped(
