@@ -6,10 +6,9 @@ A run may be stopped at any moment, by Ctrl-C or by a crash: the same command go
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import psutil
@@ -34,6 +33,7 @@ from interp_batch.needs import is_gate, names
 from interp_batch.results import last_folder, read_status, stale
 from interp_kit.specs import InputError, unknown
 
+REFRESH_SECONDS = 10  # of the progress bar, where no cell ends
 ACTIVATIONS = ".activations"  # beside the runs' folders: what notebooks share (interp_kit.store)
 
 
@@ -136,22 +136,33 @@ def _run_all(
 
 def _with_progress(futures: dict[Future, Cell], at_once: int) -> Iterator[Outcome]:
     """Outcomes as cells end, with a bar that estimates how long the rest will take."""
-    expected = {c.folder: read_status(last_folder(c)).get("seconds") for c in futures.values()}
-    measured: list[float] = []
+    waiting = {c.folder: c for c in futures.values()}
+    before = {folder: read_status(last_folder(c)).get("seconds") for folder, c in waiting.items()}
+    seconds = size = 0.0
     n_failed = 0
     bar = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
     with tqdm(total=len(futures), desc="cells", bar_format=bar, disable=not futures) as progress:
-        for future in as_completed(futures):
+        for future in _as_completed(futures, progress):
             outcome = _outcome(future, futures[future])
-            measured.append(outcome.seconds)
+            seconds, size = seconds + outcome.seconds, size + _size(outcome.cell)
             n_failed += outcome.state == "error"
-            expected.pop(outcome.cell.folder)
-            left = sum(s if s else mean(measured) for s in expected.values()) / at_once
+            waiting.pop(outcome.cell.folder)
+            each = (before[f] or seconds / size * _size(c) for f, c in waiting.items())
+            left = sum(each) / at_once
             parts = [f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left"]
             parts += [f"{n_failed} failed"] if n_failed else []
             progress.set_postfix_str(", ".join(parts), refresh=False)
             progress.update()
             yield outcome
+
+
+def _as_completed(futures: Collection[Future], progress: tqdm) -> Iterator[Future]:
+    """The futures as they end; until one does, the bar shows that time passes."""
+    pending = set(futures)
+    while pending:
+        ended, pending = wait(pending, timeout=REFRESH_SECONDS, return_when=FIRST_COMPLETED)
+        progress.refresh()
+        yield from ended
 
 
 def _outcome(future: Future, cell: Cell) -> Outcome:

@@ -143,6 +143,13 @@ def test_layers_added_one_by_one_end_at_the_source(organisms, prompts):
     assert table.value.iloc[-1] == pytest.approx(1, abs=1e-5)
     one = layer_swap(organisms, A, B, prompts).query("layer == 7").value.mean()
     assert table.decision.iloc[1] == pytest.approx(one, abs=1e-5)
+    enough = int(table.query("value >= 0.2").n.min())
+    order = [7, 6, 5, 4, 3, 2, 1, 0]
+    fewer = nested_layer_swap(organisms, A, B, prompts, order=order, until=0.2)
+    assert fewer.n.tolist() == sorted({*range(enough + 1), *(n for n in (5, 8) if n > enough)})
+    kept = table[table.n.isin(fewer.n)]
+    assert fewer.decision.tolist() == pytest.approx(kept.decision.tolist(), abs=1e-5)
+    assert fewer.layer.tolist() == kept.layer.tolist()
 
 
 def test_one_layer_swapped_is_between_and_norms_are_of_the_weights(organisms, prompts):

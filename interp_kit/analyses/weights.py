@@ -8,6 +8,7 @@ Source of the deltas of adapters: Hu et al., "LoRA", arXiv:2106.09685.
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
@@ -63,23 +64,35 @@ def layer_swap(models: Models, source: str, target: str, prompts: Sequence[Promp
 
 
 def nested_layer_swap(
-    models: Models, source: str, target: str, prompts: Sequence[Prompt], *, order: Sequence[int]
+    models: Models,
+    source: str,
+    target: str,
+    prompts: Sequence[Prompt],
+    *,
+    order: Sequence[int],
+    until: float = np.inf,
 ) -> pd.DataFrame:
     """The mean decision of ``target`` with ``source``'s weights in the first n layers of ``order``.
 
     Columns: ``n``, ``layer`` (the one added; -1 for none), ``decision`` in nats, and ``value``, the
-    fraction of source - target that is recovered: 0 for no layer, 1 for all of them.
+    fraction of source - target that is recovered: 0 for no layer, 1 for all of them. Once ``until``
+    is recovered only every fifth n is computed, and all.
     """
     goal = float(decide(models.switch(source), prompts).value.mean())
-    decisions: list[float] = []
+    rows: list[dict[str, float]] = []
     kept: Replays = {}
-    for n in range(len(order) + 1):
+    for n in tqdm(range(len(order) + 1), desc="layers together", unit="layer", leave=False):
+        recovered = any(row["value"] >= until for row in rows)
+        if recovered and n % 5 and n < len(order):
+            continue
         below = min(order[:n], default=models.switch(target).cfg.n_layers)
         with (
             models.with_layers_from(target, source, order[:n]) as bridge,
             resumed(bridge, below - 1, kept=kept),
         ):
-            decisions.append(float(decide(bridge, prompts).value.mean()))
-    table = pd.DataFrame({"n": range(len(order) + 1), "layer": [-1, *order]})
-    table["decision"] = decisions
-    return table.assign(value=(table.decision - decisions[0]) / (goal - decisions[0]))
+            decision = float(decide(bridge, prompts).value.mean())
+        first = rows[0]["decision"] if rows else decision
+        value = (decision - first) / (goal - first) if goal != first else np.nan
+        layer = order[n - 1] if n else -1
+        rows.append({"n": n, "layer": layer, "decision": decision, "value": value})
+    return pd.DataFrame(rows)

@@ -1,0 +1,116 @@
+"""Compile RASP programs into transformers whose circuits are known: run once, results are shipped.
+
+    pip install tracr-pypi==1.0.0 && python -m benchmarks.validity.compile_programs
+
+Writes ``programs/NAME.safetensors``, weights named as TransformerLens names them, and
+``NAME.json``: the shape, the words, and inputs with what the program itself gives at the last
+position. A native bridge runs them; jax is needed here only. Source: Lindner et al., "Tracr:
+Compiled Transformers as a Laboratory for Interpretability", arXiv:2301.05062.
+"""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+PROGRAMS = Path(__file__).parent / "programs"
+WORDS = 5  # of an input, beside BOS
+BOS = "BOS"
+N_INPUTS = 200
+
+
+def sources() -> dict[str, tuple[Any, list[str | int]]]:
+    """Program and vocabulary by name."""
+    from tracr.compiler import lib
+    from tracr.rasp import rasp
+
+    def seen(word: str) -> Any:
+        """Whether the input has the word, by a head of its own."""
+        same = rasp.Select(rasp.tokens, rasp.tokens, lambda key, query: key == word)
+        return rasp.SelectorWidth(same)
+
+    letters, numbers = ["a", "b", "c"], [1, 2, 3, 4]
+    either = rasp.SequenceMap(lambda x, y: int(x > 0 or y > 0), seen("a"), seen("a"))
+    return {
+        "reverse": (lib.make_reverse(rasp.tokens), letters),
+        "sort": (lib.make_sort(rasp.tokens, rasp.tokens, max_seq_len=WORDS, min_key=1), numbers),
+        "sort_freq": (lib.make_sort_freq(max_seq_len=WORDS), letters),
+        "frac_prevs": (lib.make_frac_prevs(rasp.tokens == "a"), letters),
+        "pair_balance": (lib.make_pair_balance(rasp.tokens, "(", ")"), ["(", ")", "a"]),
+        "dyck1": (lib.make_shuffle_dyck(pairs=["()"]), ["(", ")"]),
+        "redundant_or": (either, letters),
+    }
+
+
+def compile_program(name: str, program: Any, words: list[str | int]) -> None:
+    from tracr.compiler import compiling
+
+    made = compiling.compile_rasp_to_model(
+        program, vocab=set(words), max_seq_len=WORDS + 1, compiler_bos=BOS
+    )
+    config, params = made.model_config, made.params
+    heads, width = config.num_heads, config.key_size
+    d_model = params["token_embed"]["embeddings"].shape[1]
+    weights = {
+        "embed.W_E": params["token_embed"]["embeddings"],
+        "pos_embed.W_pos": params["pos_embed"]["embeddings"],
+    }
+    for layer in range(config.num_layers):
+        here = f"transformer/layer_{layer}"
+        for ours, theirs in (("Q", "query"), ("K", "key"), ("V", "value")):
+            own = params[f"{here}/attn/{theirs}"]
+            shape = d_model, heads, width
+            weights[f"blocks.{layer}.attn.W_{ours}"] = own["w"].reshape(shape).transpose(1, 0, 2)
+            weights[f"blocks.{layer}.attn.b_{ours}"] = own["b"].reshape(heads, width)
+        own = params[f"{here}/attn/linear"]
+        weights[f"blocks.{layer}.attn.W_O"] = own["w"].reshape(heads, width, d_model)
+        weights[f"blocks.{layer}.attn.b_O"] = own["b"]
+        for ours, theirs in (("in", "linear_1"), ("out", "linear_2")):
+            own = params[f"{here}/mlp/{theirs}"]
+            weights[f"blocks.{layer}.mlp.W_{ours}"] = own["w"]
+            weights[f"blocks.{layer}.mlp.b_{ours}"] = own["b"]
+    answers = [str(label) for label in made.residual_labels if label.startswith(f"{program.label}")]
+    unembed = np.zeros((d_model, len(answers)))
+    for column, label in enumerate(answers):
+        unembed[made.residual_labels.index(label), column] = 1
+    weights["unembed.W_U"] = unembed
+    rng = random.Random(0)
+    every = list(itertools.product(words, repeat=WORDS))
+    asked = [list(row) for row in rng.sample(every, min(N_INPUTS, len(every)))]
+    outputs = [made.apply([BOS, *row]) for row in asked]
+    encoding = made.input_encoder.encoding_map
+    cfg = {
+        "n_layers": config.num_layers,
+        "n_ctx": WORDS + 1,
+        "d_model": d_model,
+        "d_head": width,
+        "n_heads": heads,
+        "d_mlp": config.mlp_hidden_size,
+        "attn_only": False,
+        "d_vocab": len(encoding),
+        "d_vocab_out": len(answers),
+        "normalization_type": None,
+        "act_fn": "relu",
+        "attention_dir": "causal" if config.causal else "bidirectional",
+    }
+    described = {
+        "cfg": cfg,
+        "answers": answers,
+        "inputs": [[int(encoding[word]) for word in (BOS, *row)] for row in asked],
+        "residuals": [np.asarray(o.transformer_output)[0, -1].round(6).tolist() for o in outputs],
+        "decoded": [str(o.decoded[-1]) for o in outputs],
+    }
+    PROGRAMS.mkdir(exist_ok=True)
+    floats = {key: np.ascontiguousarray(w, np.float32) for key, w in weights.items()}
+    save_file(floats, PROGRAMS / f"{name}.safetensors")
+    (PROGRAMS / f"{name}.json").write_text(json.dumps(described) + "\n")
+    print(name, cfg["n_layers"], "layers of", cfg["n_heads"], "heads,", len(asked), "inputs")
+
+
+if __name__ == "__main__":
+    for name, (program, words) in sources().items():
+        compile_program(name, program, words)

@@ -1,0 +1,227 @@
+"""Planted edits: fine-tunes of which it is known, without training, what they changed.
+
+A LoRA of rank one on a projection that writes to the stream, ``s u v^T``: v is what a head (or the
+MLP's neurons) holds for the prompts and not for their counterfactuals, u the difference of the
+answers' unembeddings, and s is set so that the decision moves by so many nats on average. So the
+truth is exact. *Origin*: the edited heads or MLPs. *Mediators*: what lies after them, and may
+answer. *Forbidden*: what lies before them, or beside them in the same layer, and computes what it
+did.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from jaxtyping import Float
+from peft import LoraConfig
+from safetensors.torch import save_file
+from scipy.optimize import brentq
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from interp_kit import decide
+from interp_kit.loading import Models, load_models
+from interp_kit.lora import adapted_modules
+from interp_kit.passes import read_last
+from interp_kit.patching.patches import unit_patches
+from interp_kit.prompts import Prompt
+
+MODULES = {"head": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+HOOKS = {"head": "blocks.{}.attn.o.hook_in", "mlp": "blocks.{}.mlp.out.hook_in"}
+SMALLEST, LARGEST = 1e-4, 1e4  # strengths between which the wanted effect is looked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plant:
+    """Where an edit goes and how far it moves the decision, in nats; ``sign`` of each place.
+
+    ``places`` are heads (layer, head) or MLPs (layer, -1).
+    """
+
+    kind: str
+    places: tuple[tuple[int, int], ...]
+    nats: float
+    signs: tuple[int, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        where = "-".join(_component(*place) for place in self.places)
+        return f"{self.kind}-{where}-{self.nats:g}"
+
+    @property
+    def origin(self) -> set[str]:
+        return {_component(*place) for place in self.places}
+
+    def forbidden(self, nodes: Sequence[str]) -> set[str]:
+        """Nodes whose activations are bit for bit the base's: patching them must do nothing."""
+        first = min(layer for layer, _ in self.places)
+        heads_first = min(head for layer, head in self.places if layer == first) >= 0
+        before = {node for node in nodes if _layer(node) < first}
+        beside = {n for n in nodes if _layer(n) == first and (not heads_first or "H" in n)}
+        return (before | beside) - self.origin
+
+
+def nodes_of(bridge: TransformerBridge) -> list[str]:
+    return [patch.component for patch in unit_patches(bridge, "component")]
+
+
+def drawn_plants(
+    bridge: TransformerBridge, *, heads: int, mlps: int, nats: Sequence[float], seed: int
+) -> list[Plant]:
+    """Single heads and MLPs at random places, each at every strength.
+
+    Not in the last layer, where nothing lies between the edit and the answer.
+    """
+    rng = np.random.default_rng(seed)
+    layers, n_heads = bridge.cfg.n_layers - 1, bridge.cfg.n_heads
+    places = [divmod(int(i), n_heads) for i in rng.permutation(layers * n_heads)[:heads]]
+    places += [(int(layer), -1) for layer in rng.permutation(layers)[:mlps]]
+    return [
+        Plant(kind="mlp" if head < 0 else "head", places=((layer, head),), nats=size)
+        for layer, head in places
+        for size in nats
+    ]
+
+
+def several(bridge: TransformerBridge, *, nats: float, seed: int) -> list[Plant]:
+    """One effect split over eight heads; two heads that oppose each other."""
+    rng = np.random.default_rng(seed)
+    layers, n_heads = bridge.cfg.n_layers - 1, bridge.cfg.n_heads
+    drawn = [divmod(int(i), n_heads) for i in rng.permutation(layers * n_heads)[:10]]
+    split, opposed = sorted(drawn[:8]), sorted(drawn[8:10])
+    return [
+        Plant(kind="split", places=tuple(split), nats=nats),
+        Plant(kind="opposed", places=tuple(opposed), nats=nats / 2, signs=(2, -1)),
+    ]
+
+
+def planted(
+    base: str, plants: Sequence[Plant], prompts: Sequence[Prompt], folder: Path
+) -> tuple[Models, dict[str, Plant]]:
+    """The base and all plants as its adapters, at their strengths; plants by model name.
+
+    A plant that cannot reach its effect at any strength is left out.
+    """
+    models = load_models([base], device="cpu")
+    bridge = models.switch(base)
+    inputs = _inputs(bridge, prompts)
+    towards = _towards_answers(bridge, prompts)
+    named = {}
+    for plant in plants:
+        place = folder / plant.name
+        _write_adapter(place, base, plant, inputs, towards, bridge)
+        named[str(place)] = plant
+    models = load_models([base, *named], device="cpu")
+    before = decide(models.switch(base), prompts).value.to_numpy()
+    kept = {}
+    for name, plant in named.items():
+        if _set_strength(models, name, plant, prompts, before):
+            kept[name] = plant
+    return models, kept
+
+
+# ------------------------------------------------------------------------------------- internals
+Inputs = dict[tuple[str, int], Float[Tensor, "width"]]
+
+
+def _component(layer: int, head: int) -> str:
+    return f"L{layer}_MLP" if head < 0 else f"L{layer}H{head}"
+
+
+def _layer(node: str) -> int:
+    return int(node.removeprefix("L").split("H")[0].split("_")[0])
+
+
+def _inputs(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Inputs:
+    """What enters each writing projection where the answers part: prompts less counterfactuals."""
+    names = [HOOKS[kind].format(layer) for kind in HOOKS for layer in range(bridge.cfg.n_layers)]
+    own, other = (
+        read_last(bridge, [p.branch for p in asked], names, 1)
+        for asked in (prompts, [p.swapped() for p in prompts])
+    )
+    return {
+        (kind, layer): (own[hook.format(layer)] - other[hook.format(layer)]).mean((0, 1)).flatten()
+        for kind, hook in HOOKS.items()
+        for layer in range(bridge.cfg.n_layers)
+    }
+
+
+def _towards_answers(
+    bridge: TransformerBridge, prompts: Sequence[Prompt]
+) -> Float[Tensor, "d_model"]:
+    """The mean difference of the answers' unembeddings, of unit length."""
+    ids = torch.tensor([p.branch_ids for p in prompts])
+    both = bridge.W_U.float()[:, ids]
+    mean = (both[..., 0] - both[..., 1]).mean(1)
+    return mean / mean.norm()
+
+
+def _write_adapter(
+    folder: Path,
+    base: str,
+    plant: Plant,
+    inputs: Inputs,
+    towards: Float[Tensor, "d_model"],
+    bridge: TransformerBridge,
+) -> None:
+    """A PEFT adapter whose product is the sum of the plant's edits, at strength 1."""
+    signs = plant.signs or (1,) * len(plant.places)
+    by_module: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for (layer, head), sign in zip(plant.places, signs):
+        kind = "mlp" if head < 0 else "head"
+        contrast = inputs[kind, layer]
+        reads = torch.zeros_like(contrast)
+        d_head = len(contrast) // bridge.cfg.n_heads
+        part = slice(None) if head < 0 else slice(head * d_head, (head + 1) * d_head)
+        reads[part] = contrast[part] / contrast[part].norm() ** 2
+        module = f"model.layers.{layer}.{MODULES[kind]}"
+        by_module.setdefault(module, []).append((reads, sign * towards / len(plant.places)))
+    rank = max(map(len, by_module.values()))
+    tensors = {}
+    for module, edits in by_module.items():
+        for name, column in (("lora_A", 0), ("lora_B", 1)):
+            rows = torch.stack([edit[column] for edit in edits])
+            rows = torch.cat([rows, rows.new_zeros(rank - len(rows), rows.shape[1])])
+            weight = rows if name == "lora_A" else rows.T
+            tensors[f"base_model.model.{module}.{name}.weight"] = weight.contiguous()
+    adapter = folder / "adapter"
+    adapter.mkdir(parents=True, exist_ok=True)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(by_module))
+    config.save_pretrained(str(adapter))
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    spec = {"base": base, "adapter": "adapter", "about": json.dumps(plant.name)}
+    (folder / "model.yaml").write_text(yaml.safe_dump(spec))
+
+
+def _set_strength(
+    models: Models,
+    name: str,
+    plant: Plant,
+    prompts: Sequence[Prompt],
+    before: Float[np.ndarray, "prompt"],
+) -> bool:
+    """Scale the adapter until the decision moves by ``plant.nats``; whether it can."""
+    bridge, adapter = models.switch(name), models._load(name).adapters[name]
+    layers = range(bridge.cfg.n_layers)
+    adapted = [module for layer in layers for module in adapted_modules(bridge, layer).values()]
+    own = [module for module in adapted if adapter in module.scaling]
+
+    def moved(log_strength: float) -> float:
+        for module in own:
+            module.scaling[adapter] = float(np.exp(log_strength))
+        return float((decide(bridge, prompts).value.to_numpy() - before).mean())
+
+    grid = np.linspace(np.log(SMALLEST), np.log(LARGEST), 17)
+    previous = grid[0]
+    for at in grid:
+        if moved(at) >= plant.nats:
+            break
+        previous = at
+    else:
+        return False
+    brentq(lambda at: moved(at) - plant.nats, previous, at, xtol=1e-3)
+    return True
