@@ -1,5 +1,8 @@
 """How often does a method name the right component, and how often one that does nothing?
 
+**Compiled programs** (``programs``): the truth is what a plain forward pass in numpy says of each
+intervention; *forbidden* are the nodes that were compiled to write nothing.
+
 **Planted edits** (``plants``): a LoRA of rank one that moves the decision of the prompts by so many
 nats, in one head, one MLP, eight heads together, or two that oppose each other. Every method ranks
 all components of the fine-tune. *hit*: whether the first is an edited one. *AUROC* and *average
@@ -19,10 +22,12 @@ from tqdm import tqdm
 
 from benchmarks.controls import GLAD
 from benchmarks.patching import machine, one_thread
-from benchmarks.validity.methods import COMPONENTS
+from benchmarks.validity.methods import COMPONENTS, IN_PROGRAMS
 from benchmarks.validity.plants import Plant, drawn_plants, planted, several
+from benchmarks.validity.programs import NAMES, load_program, seen
 from benchmarks.validity.scores import (
     Rate,
+    Scores,
     auroc,
     average_precision,
     check_truth,
@@ -74,27 +79,45 @@ def score(models: Models, base: str, name: str, plant: Plant, prompts: list[Prom
         for method, rank in COMPONENTS.items():
             found = rank(models, base, name, prompts)
             check_truth(found, plant.origin, case=plant.name)
-            largest = max(found.values()) or 1.0
             forbidden = plant.forbidden(list(found))
-            rows.append(
-                {
-                    "base": base,
-                    "kind": plant.kind,
-                    "nats": plant.nats,
-                    "case": plant.name,
-                    "method": method,
-                    "hit": hit_at_1(found, plant.origin),
-                    "auroc": auroc(found, plant.origin),
-                    "precision": average_precision(found, plant.origin),
-                    "forbidden": max((found[n] / largest for n in forbidden), default=0.0),
-                }
-            )
+            which = {"base": base, "kind": plant.kind, "nats": plant.nats}
+            row = _row(found, plant.origin, forbidden, case=plant.name, method=method)
+            rows.append(which | row)
+    return rows
+
+
+def _row(
+    found: Scores, truth: set[str], forbidden: set[str], *, case: str, method: str
+) -> dict[str, Any]:
+    largest = max(found.values()) or 1.0
+    return {
+        "case": case,
+        "method": method,
+        "hit": hit_at_1(found, truth),
+        "auroc": auroc(found, truth),
+        "precision": average_precision(found, truth),
+        "forbidden": max((found[node] / largest for node in forbidden), default=0.0),
+    }
+
+
+def score_program(name: str) -> list[Row]:
+    """One row a method, against the truth of its own intervention."""
+    program, rows = load_program(name), []
+    for method, (rank, intervention) in IN_PROGRAMS.items():
+        found, truth = rank(program.bridge, program.prompts), seen(name, intervention)
+        check_truth(program.nodes, truth, case=name)
+        dead = set(program.nodes) - program.live
+        which = {"base": "program", "kind": f"{len(truth)} of {len(program.nodes)}", "nats": 0.0}
+        rows.append(which | _row(found, truth, dead, case=name, method=method))
     return rows
 
 
 def run(only: str, done: list[Row]) -> Iterator[Row]:
     """Rows that are not done yet, as they come."""
     known = {(row["base"], row["case"]) for row in done}
+    for name in NAMES:
+        if ("program", name) not in known and only in f"program/{name}":
+            yield from score_program(name)
     for base in BASES:
         wanted = [
             plant
@@ -106,6 +129,9 @@ def run(only: str, done: list[Row]) -> Iterator[Row]:
         prompts = prompts_of(base)
         with tempfile.TemporaryDirectory() as folder:
             models, kept = planted(base, wanted, prompts, Path(folder))
+            if len(kept) < len(wanted):
+                left = len(wanted) - len(kept)
+                print(f"{base}: {left} of {len(wanted)} plants reach their size at no strength")
             for name, plant in tqdm(kept.items(), desc=base, unit="plant"):
                 yield from score(models, base, name, plant, prompts)
 
@@ -114,7 +140,9 @@ def summary(rows: list[Row]) -> pd.DataFrame:
     """By base, kind and size: of every method the hits with their interval, means of the rest."""
     tables = []
     keys = ["base", "kind", "nats", "method"]
-    for _, own in pd.DataFrame(rows).groupby(keys, sort=False):
+    table = pd.DataFrame(rows)
+    table["base"] = table.base.where(table.base != "program", table.case)
+    for _, own in table.groupby(keys, sort=False):
         rate = Rate(hits=round(own.hit.sum()), n=len(own))
         low, high = rate.interval
         means = own[["auroc", "precision"]].mean()

@@ -1,22 +1,31 @@
-"""The methods that are scored: each gives every component (or layer) of a pair of models a score.
+"""The methods that are scored: each gives every component a score, the larger the surer.
 
-All ask the same: which components of the fine-tune make its decisions differ from the base's?
+Between two models: which components of the fine-tune make its decisions differ from the base's?
+Within a compiled program: which components does its answer depend on?
 """
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
 
+from benchmarks.validity.programs import Intervention
 from benchmarks.validity.scores import Scores
-from interp_kit.analyses.activation_patching import cross_model_patching
+from interp_kit.analyses.activation_patching import (
+    ablation,
+    activation_patching,
+    cross_model_patching,
+)
 from interp_kit.analyses.attribution import (
     direct_logit_attribution,
     head_outputs,
     record_last,
 )
-from interp_kit.analyses.attribution_patching import cross_model_attribution_patching
-from interp_kit.analyses.weights import layer_swap
+from interp_kit.analyses.attribution_patching import (
+    attribution_patching,
+    cross_model_attribution_patching,
+)
 from interp_kit.loading import Models
 from interp_kit.patching.patches import unit_patches
 from interp_kit.prompts import Prompt
@@ -102,13 +111,46 @@ COMPONENTS: dict[str, Method] = {
 }
 
 
-def by_layer_swap(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) -> Scores:
-    """|mean change| of the base's decision with one layer of the fine-tune."""
-    table = layer_swap(models, tuned, base, prompts)
-    return _sizes(table.assign(component=table.layer.astype(str)))
+# ---------------------------------------------------------------------------- within one program
+def by_patching(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Scores:
+    """The largest |change| of a decision by the counterfactual's component."""
+    return _largest(activation_patching(bridge, prompts, directions=["noise"]))
+
+
+def by_zero_ablation(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Scores:
+    return _largest(ablation(bridge, prompts, replacement="zero"))
+
+
+def by_mean_ablation(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Scores:
+    return _largest(ablation(bridge, prompts, replacement="mean"))
+
+
+def by_gradient(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Scores:
+    """``by_patching``, estimated from one gradient."""
+    return _largest(attribution_patching(bridge, prompts, directions=["noise"]))
+
+
+def by_attribution(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Scores:
+    """The largest |share| of a decision that a component writes itself."""
+    table = direct_logit_attribution(bridge, prompts).query("kind in ['head', 'mlp']")
+    return _largest(table.assign(change=table.value))
+
+
+# Each with the intervention whose truth it is scored against.
+IN_PROGRAMS: dict[str, tuple[Callable[..., Scores], Intervention]] = {
+    "zero ablation": (by_zero_ablation, "zero"),
+    "mean ablation": (by_mean_ablation, "mean"),
+    "activation patching": (by_patching, "resample"),
+    "attribution patching": (by_gradient, "resample"),
+    "direct logit attribution": (by_attribution, "resample"),
+}
 
 
 # ------------------------------------------------------------------------------------- internals
+def _largest(table: pd.DataFrame) -> dict[str, float]:
+    return table.change.abs().groupby(table.component, sort=False).max().to_dict()
+
+
 def _sizes(table: pd.DataFrame) -> dict[str, float]:
     return table.groupby("component", sort=False).change.mean().abs().to_dict()
 

@@ -11,6 +11,7 @@ did.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -210,18 +211,15 @@ def _set_strength(
     adapted = [module for layer in layers for module in adapted_modules(bridge, layer).values()]
     own = [module for module in adapted if adapter in module.scaling]
 
-    def moved(log_strength: float) -> float:
+    def beyond(log_strength: float, sign: int) -> float:
         for module in own:
-            module.scaling[adapter] = float(np.exp(log_strength))
-        return float((decide(bridge, prompts).value.to_numpy() - before).mean())
+            module.scaling[adapter] = sign * float(np.exp(log_strength))
+        return float((decide(bridge, prompts).value - before).mean()) - plant.nats
 
-    grid = np.linspace(np.log(SMALLEST), np.log(LARGEST), 17)
-    previous = grid[0]
-    for at in grid:
-        if moved(at) >= plant.nats:
-            break
-        previous = at
-    else:
-        return False
-    brentq(lambda at: moved(at) - plant.nats, previous, at, xtol=1e-3)
-    return True
+    steps = np.linspace(np.log(SMALLEST), np.log(LARGEST), 17)
+    for sign in (1, -1):  # what reads the stream later may turn an effect round
+        for low, high in pairwise(steps):
+            if beyond(high, sign) >= 0:
+                brentq(beyond, low, high, args=(sign,), xtol=1e-3)
+                return True
+    return False
