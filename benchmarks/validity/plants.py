@@ -8,7 +8,6 @@ answer. *Forbidden*: what lies before them, or beside them in the same layer, an
 did.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -194,7 +193,7 @@ def _write_adapter(
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(by_module))
     config.save_pretrained(str(adapter))
     save_file(tensors, adapter / "adapter_model.safetensors")
-    spec = {"base": base, "adapter": "adapter", "about": json.dumps(plant.name)}
+    spec = {"base": base, "adapter": "adapter", "label": plant.name}
     (folder / "model.yaml").write_text(yaml.safe_dump(spec))
 
 
