@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
-from transformer_lens.model_bridge import TransformerBridge
 
+from benchmarks.validity.programs import native_bridge
 from interp_kit.analyses.activation_patching import ablation, activation_patching
 from interp_kit.prompts import Prompt
 
@@ -18,31 +17,8 @@ def load_tracr(folder):
     """The compiled program as a native bridge, checked against its own logits."""
     cfg = json.loads((folder / "cfg.json").read_text())
     state = torch.load(folder / "state.pt", weights_only=True)
-    bridge = TransformerBridge.boot_native(cfg)
-    weights = {
-        "tok_embed.weight": state["embed.W_E"],
-        "pos.weight": state["pos_embed.W_pos"],
-        "head.weight": state["unembed.W_U"].T,
-    }
-    for layer in range(cfg["n_layers"]):
-        ours, theirs = f"layers.{layer}", f"blocks.{layer}"
-        for name in "QKV":
-            weight = rearrange(
-                state[f"{theirs}.attn.W_{name}"], "head d_model d -> (head d) d_model"
-            )
-            weights[f"{ours}.attn.{name.lower()}.weight"] = weight
-            weights[f"{ours}.attn.{name.lower()}.bias"] = state[f"{theirs}.attn.b_{name}"].flatten()
-        output = rearrange(state[f"{theirs}.attn.W_O"], "head d d_model -> d_model (head d)")
-        weights[f"{ours}.attn.o.weight"] = output
-        weights[f"{ours}.attn.o.bias"] = state[f"{theirs}.attn.b_O"]
-        for name, part in (("in", "fc_in"), ("out", "fc_out")):
-            weights[f"{ours}.mlp.{part}.weight"] = state[f"{theirs}.mlp.W_{name}"].T
-            weights[f"{ours}.mlp.{part}.bias"] = state[f"{theirs}.mlp.b_{name}"]
-    with torch.no_grad():
-        for name, parameter in bridge.original_model.named_parameters():
-            parameter.copy_(weights[name.replace("._original_component", "")])
+    bridge = native_bridge(cfg, {name: weight.numpy() for name, weight in state.items()})
     evaluation = np.load(folder / "eval.npz", allow_pickle=False)
-    bridge.requires_grad_(False)
     difference = bridge(torch.tensor(evaluation["toks"])) - torch.tensor(evaluation["logits"])
     assert float(difference.abs().max()) <= 1e-5
     return bridge, evaluation

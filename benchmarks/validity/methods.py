@@ -5,6 +5,7 @@ Within a compiled program: which components does its answer depend on?
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,7 @@ def by_weight_difference(
 
 def by_chance(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) -> Scores:
     """A random order, the same for a fine-tune every time."""
-    rng = np.random.default_rng(list(tuned.encode()))
+    rng = np.random.default_rng(list(Path(tuned).name.encode()))
     nodes = [patch.component for patch in unit_patches(models.switch(base), "component")]
     return dict(zip(nodes, rng.permutation(len(nodes)).astype(float)))
 

@@ -9,7 +9,7 @@ did.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from interp_kit import decide
 from interp_kit.loading import Models, load_models
 from interp_kit.lora import adapted_modules
 from interp_kit.passes import read_last
-from interp_kit.patching.patches import unit_patches
 from interp_kit.prompts import Prompt
 
 MODULES = {"head": "self_attn.o_proj", "mlp": "mlp.down_proj"}
@@ -37,15 +36,15 @@ SMALLEST, LARGEST = 1e-4, 1e4  # strengths between which the wanted effect is lo
 
 @dataclass(frozen=True, kw_only=True)
 class Plant:
-    """Where an edit goes and how far it moves the decision, in nats; ``sign`` of each place.
+    """Where an edit goes and how far it moves the decision, in nats; > 0: the positive answer.
 
-    ``places`` are heads (layer, head) or MLPs (layer, -1).
+    ``places`` are heads (layer, head) or MLPs (layer, -1); ``signs`` weigh them, 1 each without.
     """
 
     kind: str
     places: tuple[tuple[int, int], ...]
     nats: float
-    signs: tuple[int, ...] = field(default=())
+    signs: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -63,10 +62,6 @@ class Plant:
         before = {node for node in nodes if _layer(node) < first}
         beside = {n for n in nodes if _layer(n) == first and (not heads_first or "H" in n)}
         return (before | beside) - self.origin
-
-
-def nodes_of(bridge: TransformerBridge) -> list[str]:
-    return [patch.component for patch in unit_patches(bridge, "component")]
 
 
 def drawn_plants(
