@@ -16,12 +16,15 @@ from interp_kit.batching import (
     parts,
     shared_beginnings,
 )
-from interp_kit.catalogue import load_scenario
+from interp_kit.catalogue import find_model, load_scenario
 from interp_kit.decisions import continuation_log_probs, decide
+from interp_kit.loading import load_model
 from interp_kit.passes import last_names, last_residuals, read_last, resumed, shared_passes
 from interp_kit.patching.recording import recorded
+from interp_kit.pretrained import load_huggingface
 from interp_kit.prompts import encode_scenario
 from tests.conftest import tiny_prompts
+from tests.tiny import ARCHITECTURES
 
 STEM = tuple(range(20, 50))  # longer than the sliding windows of the tiny models
 
@@ -117,6 +120,20 @@ def test_rows_with_a_shared_beginning_are_computed_as_whole_ones(tiny_bridge, wi
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_with_a_shared_beginning_are_what_hugging_face_computes(architecture, tiny_folders):
+    folder = str(tiny_folders[architecture])
+    bridge = load_model(folder, device="cpu")
+    reference = load_huggingface(find_model(folder), device="cpu")
+    rows = rows_of((3, 4, 5), (3, 4, 6, 7, 8), (9,))
+    assert any(part.before for part in parts(bridge, rows, read=[1] * len(rows)))
+    found = continuation_log_probs(bridge, [(row, (4,)) for row in rows])
+    for row, log_p in zip(rows, found, strict=True):
+        plain = reference(torch.tensor([row])).logits[0, -1].log_softmax(-1)[4]
+        assert float(log_p) == pytest.approx(float(plain), abs=2e-5)
 
 
 @pytest.mark.usefixtures("eager")
