@@ -137,12 +137,11 @@ def paired_difference(
     Rows belong together where the columns ``by`` are the same; raises ``ValueError`` unless every
     row has just one of the other's.
     """
-    by = list(by)
-    theirs = other.set_index(by)[column]
-    ours = pd.MultiIndex.from_frame(pd.DataFrame(table[by]))
-    if theirs.index.has_duplicates or set(theirs.index) != set(ours) or ours.has_duplicates:
+    ours, theirs = (pd.MultiIndex.from_frame(pd.DataFrame(t[list(by)])) for t in (table, other))
+    if theirs.has_duplicates or set(theirs) != set(ours) or ours.has_duplicates:
         raise ValueError(f"expected both tables to have the same rows by {', '.join(by)}")
-    return table.assign(**{column: table[column].to_numpy() - theirs.reindex(ours).to_numpy()})
+    less = pd.Series(other[column].to_numpy(), theirs).reindex(ours)
+    return table.assign(**{column: table[column].to_numpy() - less.to_numpy()})
 
 
 def against_control(

@@ -1,5 +1,6 @@
 """The sweep engine against one naive hooked forward pass a patch, on five architectures."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from interp_kit import batching
@@ -377,6 +378,41 @@ def test_all_heads_and_mlps_together_make_the_target_the_source(fine_tunes):
         own = decide(models.switch(a), [prompt]).value[0]
         assert experiment.source_value == pytest.approx(own, abs=1e-4)
         assert abs(experiment.source_value - experiment.baseline) > 1e-3
+
+
+@pytest.mark.parametrize(("unit", "part"), [("attn_out", "attn"), ("component", "mlp")])
+def test_own_weights_are_a_fine_tune_of_that_part_alone(fine_tunes, unit, part):
+    """By PEFT, with all other factors of the adapter set to zero."""
+    models, (a, _) = fine_tunes
+    base = next(name for name in models if name != a and not models.specs[name].adapter)
+    prompt = segmented(models.switch(a))
+    table = cross_model_patching(models, a, base, [prompt], unit=unit, inputs="target")
+    changes = table[table["head"] < 0].set_index("layer").change
+    positive, negative = prompt.branch_ids
+    for layer in (1, 2):
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        tuned = PeftModel.from_pretrained(plain, f"{a}/adapter").eval()
+        kept = 0
+        for name, weight in tuned.named_parameters():
+            own = re.search(rf"\.{layer}\.[\w.]*{part}", name) is not None
+            kept += own and "lora_B" in name
+            if "lora_B" in name and not own:
+                weight.data.zero_()
+        with torch.no_grad():
+            logits = [tuned(torch.tensor([prompt.branch])).logits[0, -1]]
+            with tuned.disable_adapter():
+                logits.append(tuned(torch.tensor([prompt.branch])).logits[0, -1])
+        after, before = (float(x[positive] - x[negative]) for x in logits)
+        assert changes[layer] == pytest.approx(after - before, abs=1e-4)
+        assert (changes[layer] == 0) == (not kept)  # a part without an adapter: exactly nothing
+    assert changes[0] == 0
+
+
+def test_a_stream_has_no_weights_of_its_own(fine_tunes):
+    models, (a, b) = fine_tunes
+    prompt = segmented(models.switch(a))
+    with pytest.raises(InputError, match="'resid_mid' is a stream"):
+        cross_model_patching(models, a, b, [prompt], unit="resid_mid", inputs="target")
 
 
 # --------------------------------------------------------------------------------------- bad input

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
-from benchmarks.validity.__main__ import score
-from benchmarks.validity.methods import IN_PROGRAMS, by_cross_model_patching
+from benchmarks.validity import cases, nulls
+from benchmarks.validity.adapters import random_adapters
+from benchmarks.validity.facts import RELATIONS
+from benchmarks.validity.methods import IN_PROGRAMS, by_cross_model_patching, by_own_weights
+from benchmarks.validity.plant_cases import score
 from benchmarks.validity.plants import Plant, planted
 from benchmarks.validity.programs import (
     INTERVENTIONS,
@@ -14,8 +17,8 @@ from benchmarks.validity.programs import (
     logits,
     seen,
 )
+from benchmarks.validity.rows import YES, row, summary
 from benchmarks.validity.scores import (
-    Rate,
     areas,
     auroc,
     average_precision,
@@ -26,7 +29,7 @@ from benchmarks.validity.scores import (
 )
 from interp_kit.catalogue import load_scenario
 from interp_kit.decisions import decide
-from interp_kit.loading import load_model
+from interp_kit.loading import load_model, load_models
 from interp_kit.prompts import encode_scenario
 from interp_kit.specs import InputError
 
@@ -62,13 +65,27 @@ def test_stability_of_sets():
     assert jaccard([set(), set()]) == 1
 
 
-def test_a_rate_without_a_trial_is_missing_and_others_have_an_exact_interval():
-    assert np.isnan(Rate(hits=0, n=0).value)
-    assert np.isnan(Rate(hits=0, n=0).interval[1])
-    assert Rate(hits=0, n=59).interval == (0.0, pytest.approx(0.0606, abs=1e-4))
-    assert Rate(hits=59, n=59).interval[1] == 1
-    low, high = Rate(hits=16, n=200).interval
-    assert low < 0.05 < high
+def test_a_rate_has_an_exact_interval_and_what_was_not_measured_is_missing():
+    def of(hits, n):
+        rows = [row("one", "false alarms", i < hits) for i in range(n)]
+        return summary([{"case": "a"} | r for r in rows])
+
+    assert of(0, 0).empty
+    nothing, some = of(0, 59).iloc[0], of(16, 200).iloc[0]
+    assert (nothing.value, nothing.low) == (0, 0)
+    assert nothing.high == pytest.approx(0.0606, abs=1e-4)
+    assert some.low < 0.05 < some.high
+    assert of(59, 59).high.item() == 1
+
+
+def test_means_have_an_interval_and_of_forbidden_effects_the_largest_counts():
+    rows = [row("one", "AUROC", x) for x in (0.5, 0.7, 0.9)]
+    rows += [row("one", "forbidden effect", x) for x in (0.0, 0.2, 0.1)]
+    table = summary([{"case": "a"} | r for r in rows]).set_index("score")
+    assert table.value["AUROC"] == pytest.approx(0.7)
+    assert table.low["AUROC"] < 0.5
+    assert table.value["forbidden effect"] == 0.2
+    assert list(table.n) == [3, 3]
 
 
 @pytest.mark.parametrize("truth", [[], ["a", "b", "c", "d"], ["x"]])
@@ -153,6 +170,8 @@ PLANTS = [
     Plant(kind="head", places=((1, 2),), nats=0.5),
     Plant(kind="mlp", places=((2, -1),), nats=0.5),
     Plant(kind="split", places=((1, 0), (2, 1), (2, 3)), nats=0.5),
+    Plant(kind="first", places=((2, -1),), nats=0.1),
+    Plant(kind="unread", places=((4, 3), (3, 0)), nats=0.5),
 ]
 
 
@@ -184,11 +203,72 @@ def test_what_a_plant_cannot_have_changed_has_an_effect_of_exactly_nothing(plant
         assert all(found[node] > 0 for node in plant.origin)
 
 
+def test_own_weights_name_the_edited_and_nothing_that_answers_to_it(plants):
+    base, prompts, models, kept = plants
+    for name, plant in kept.items():
+        found = by_own_weights(models, base, name, prompts)
+        assert max(found, key=lambda node: found[node]) in plant.origin
+        edited = {node for node, effect in found.items() if effect > 0}
+        assert plant.origin <= edited
+        assert len(edited) == len(plant.places)
+
+
+def test_at_the_first_position_only_means_nothing_at_the_last(plants):
+    base, prompts, models, kept = plants
+    name = next(name for name, plant in kept.items() if plant.kind == "first")
+    last = by_cross_model_patching(models, base, name, prompts, positions="decision")
+    assert last["L2_MLP"] < 1e-3
+    assert by_cross_model_patching(models, base, name, prompts)["L2_MLP"] > 0.09
+
+
 def test_every_method_is_scored_on_a_plant(plants):
     base, prompts, models, kept = plants
     name, plant = next(iter(kept.items()))
-    rows = {row["method"]: row for row in score(models, base, name, plant, prompts)}
-    assert rows["cross-model patching"]["hit"] == 1
-    assert rows["cross-model patching"]["forbidden"] == 0
-    assert rows["weight difference"]["auroc"] == 1
-    assert rows["random order"]["auroc"] < 1
+    table = summary([{"case": "a"} | r for r in score(models, base, name, plant, prompts)])
+    by = table.set_index(["method", "score"]).value
+    assert by["cross-model patching", "hit@1"] == 1
+    assert by["cross-model patching", "forbidden effect"] == 0
+    assert by["weight difference", "AUROC"] == 1
+    assert by["random order", "AUROC"] < 1
+    assert by["layer swap", "layer error"] == 0
+    assert by["PCA, edited layer", "|cos|"] > 0.5
+
+
+# ------------------------------------------------------------------------------------------ nulls
+def test_nulls_share_no_text():
+    bridge = load_model("tiny-llama", device="cpu")
+    made = nulls.unrelated_prompts(bridge, n=3)
+    texts = [text for own in made for p in own for text in (p.tokens, p.counterfactual)]
+    assert len(texts) == len(set(texts)) == 3 * 2 * nulls.PROMPTS
+    assert all(len({(p.positive, p.negative) for p in own}) == 1 for own in made)
+
+
+def test_each_null_is_one_trial_of_the_notebooks_rule():
+    table = summary([{"case": "a"} | r for r in nulls.reading("tiny-llama", n=3)])
+    own = table[table.kind == YES].set_index("method")
+    assert set(own.index) == {"logit lens", "direct logit attribution", "comparison of decisions"}
+    assert (own.n == 3).all()
+    assert own.value.between(0, 1).all()
+
+
+def test_random_adapters_change_one_module_by_a_percent(tmp_path):
+    names = random_adapters("tiny-llama", tmp_path, n=2)
+    models = load_models(["tiny-llama", *names], device="cpu")
+    for name in names:
+        changes = list(models.weight_changes(name))
+        assert len(changes) == 1
+        _, _, change, weight = changes[0]
+        assert float(change.norm() / weight.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------- the command
+def test_cases_are_run_once_and_found_again(tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    first = cases.run("probe/program", file)
+    assert {r["case"] for r in first} == {"probe/program"}
+    monkeypatch.setattr(cases, "CASES", dict.fromkeys(cases.CASES, None))  # nothing can be run
+    assert cases.run("probe/program", file) == first
+
+
+def test_there_are_enough_facts_to_choose_from():
+    assert sum(map(len, RELATIONS.values())) >= 48

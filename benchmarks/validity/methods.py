@@ -5,7 +5,9 @@ Within a compiled program: which components does its answer depend on?
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,28 +28,73 @@ from interp_kit.analyses.attribution import (
 from interp_kit.analyses.attribution_patching import (
     attribution_patching,
     cross_model_attribution_patching,
+    screen,
 )
+from interp_kit.analyses.causal_tracing import causal_trace
+from interp_kit.analyses.circuits import find_circuit
+from interp_kit.analyses.lens import logit_lens
+from interp_kit.analyses.weights import layer_swap
 from interp_kit.loading import Models
+from interp_kit.passes import residuals
+from interp_kit.patching.experiments import components_between, cross_model_experiment
 from interp_kit.patching.patches import unit_patches
+from interp_kit.patching.positions import Positions
+from interp_kit.patching.table import places_of
 from interp_kit.prompts import Prompt
+from interp_kit.statistics import paired_difference
 
 Method = Callable[[Models, str, str, Sequence[Prompt]], Scores]
 
 
 def by_cross_model_patching(
-    models: Models, base: str, tuned: str, prompts: Sequence[Prompt]
+    models: Models,
+    base: str,
+    tuned: str,
+    prompts: Sequence[Prompt],
+    *,
+    positions: Positions = "all",
 ) -> Scores:
     """|mean change| of the base's decision by the fine-tune's component."""
-    return _sizes(cross_model_patching(models, tuned, base, prompts, positions="decision"))
+    return _sizes(cross_model_patching(models, tuned, base, prompts, positions=positions))
+
+
+def by_own_weights(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) -> Scores:
+    """|mean change| of the base's decision by what the tuned component makes of its stream."""
+    return _sizes(cross_model_patching(models, tuned, base, prompts, inputs="target"))
 
 
 def by_attribution_patching(
-    models: Models, base: str, tuned: str, prompts: Sequence[Prompt]
+    models: Models,
+    base: str,
+    tuned: str,
+    prompts: Sequence[Prompt],
+    *,
+    positions: Positions = "all",
 ) -> Scores:
     """The same, estimated from one gradient."""
     return _sizes(
-        cross_model_attribution_patching(models, tuned, base, prompts, positions="decision")
+        cross_model_attribution_patching(models, tuned, base, prompts, positions=positions)
     )
+
+
+def by_screening(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) -> Scores:
+    """What 04 does with positions "screened": a gradient chooses twenty, these are patched."""
+    estimated = cross_model_attribution_patching(models, tuned, base, prompts)
+    chosen = screen(estimated, sample=0)
+    exact = cross_model_patching(models, tuned, base, prompts, among=list(chosen.component))
+    return dict.fromkeys(estimated.component, 0.0) | _sizes(exact)
+
+
+def by_circuit(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) -> Scores:
+    """Members of the circuit that recovers most of the effect, in their order; 0 for all others."""
+    candidates = components_between(models, [(tuned, base)])
+    places = places_of(candidates)
+    experiments = [cross_model_experiment(models, tuned, base, p, places) for p in prompts]
+    found = find_circuit(experiments, candidates)
+    members = found.components if found else []
+    return dict.fromkeys((patch.component for patch in candidates), 0.0) | {
+        component: 1 / (1 + order) for order, component in enumerate(members)
+    }
 
 
 def by_direct_attribution(
@@ -104,11 +151,60 @@ def by_chance(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) 
 
 COMPONENTS: dict[str, Method] = {
     "cross-model patching": by_cross_model_patching,
+    "cross-model patching, last position": partial(by_cross_model_patching, positions="decision"),
     "attribution patching": by_attribution_patching,
+    "attribution patching, last position": partial(by_attribution_patching, positions="decision"),
+    "cross-model patching, own weights": by_own_weights,
+    "screened patching": by_screening,
+    "circuit": by_circuit,
     "direct logit attribution": by_direct_attribution,
     "activation difference": by_activation_difference,
     "weight difference": by_weight_difference,
     "random order": by_chance,
+}
+
+
+# ----------------------------------------------------------------- between two models, by layer
+def by_lens(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) -> Scores:
+    """What each block adds to the difference of the two decisions, as the logit lens reads it."""
+    tables = [logit_lens(models.switch(name), prompts) for name in (tuned, base)]
+    gap = paired_difference(*tables, by=["prompt", "layer"]).groupby("layer").value.mean()
+    return _layers(gap.diff().dropna())
+
+
+def by_delta_norm(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) -> Scores:
+    """||h_tuned - h_base|| / ||h_base|| after each block: its largest is a Δ-norm's peak."""
+    after, before = (residuals(models.switch(name), prompts) for name in (tuned, base))
+    relative = (after - before).norm(dim=-1) / before.norm(dim=-1)
+    return _layers(pd.Series(relative.mean(0)[1:].numpy()))
+
+
+def by_delta_norm_rise(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) -> Scores:
+    """How much that norm rises with each block: its largest is where a Δ begins."""
+    norm = by_delta_norm(models, base, tuned, prompts)
+    return dict(zip(norm, np.diff([0.0, *norm.values()])))
+
+
+def by_layer_swap(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) -> Scores:
+    """|mean change| of the base's decision by the fine-tune's weights in one layer."""
+    table = layer_swap(models, tuned, base, prompts)
+    return _layers(table.groupby("layer").change.mean())
+
+
+def by_causal_tracing(models: Models, base: str, tuned: str, prompts: Sequence[Prompt]) -> Scores:
+    """Where a trace from the counterfactual differs most between the two models."""
+    how: dict[str, Any] = {"sites": ("block",), "positions": "decision", "directions": ("noise",)}
+    tables = [causal_trace(models.switch(name), prompts, **how) for name in (tuned, base)]
+    changed = paired_difference(*tables, by=["prompt", "layer"], column="change")
+    return _layers(changed.groupby("layer").change.mean())
+
+
+LAYERS: dict[str, Method] = {
+    "logit lens, largest step": by_lens,
+    "Δ-norm, peak": by_delta_norm,
+    "Δ-norm, largest rise": by_delta_norm_rise,
+    "layer swap": by_layer_swap,
+    "causal tracing": by_causal_tracing,
 }
 
 
@@ -150,6 +246,10 @@ IN_PROGRAMS: dict[str, tuple[Callable[..., Scores], Intervention]] = {
 # ------------------------------------------------------------------------------------- internals
 def _largest(table: pd.DataFrame) -> dict[str, float]:
     return table.change.abs().groupby(table.component, sort=False).max().to_dict()
+
+
+def _layers(values: pd.Series) -> Scores:
+    return {f"L{layer}": abs(float(value)) for layer, value in values.items()}
 
 
 def _sizes(table: pd.DataFrame) -> dict[str, float]:

@@ -6,29 +6,33 @@ answers' unembeddings, and s is set so that the decision moves by so many nats o
 truth is exact. *Origin*: the edited heads or MLPs. *Mediators*: what lies after them, and may
 answer. *Forbidden*: what lies before them, or beside them in the same layer, and computes what it
 did.
+
+Kinds: one ``head`` or ``mlp``; ``split`` over eight heads; ``opposed``, two heads with opposite
+signs; ``first``, an MLP whose v sees position 0 only, so that at the answer itself it does nothing;
+``unread``, a head and a second one that writes twice as much in the direction to which the
+decision answers least, and is not an origin.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from jaxtyping import Float
-from peft import LoraConfig
-from safetensors.torch import save_file
 from scipy.optimize import brentq
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from benchmarks.validity.adapters import write_adapter
 from interp_kit import decide
 from interp_kit.loading import Models, load_models
 from interp_kit.lora import adapted_modules
 from interp_kit.passes import read_last
 from interp_kit.prompts import Prompt
 
+LOUD = 2.0  # how much more than the first the second head of "unread" writes
 MODULES = {"head": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 HOOKS = {"head": "blocks.{}.attn.o.hook_in", "mlp": "blocks.{}.mlp.out.hook_in"}
 SMALLEST, LARGEST = 1e-4, 1e4  # strengths between which the wanted effect is looked for
@@ -53,15 +57,22 @@ class Plant:
 
     @property
     def origin(self) -> set[str]:
-        return {_component(*place) for place in self.places}
+        """Of "unread" the first head alone: the other moves nothing that anybody asked for."""
+        causes = self.places[:1] if self.kind == "unread" else self.places
+        return {_component(*place) for place in causes}
+
+    @property
+    def first_layer(self) -> int:
+        return min(layer for layer, _ in self.places)
 
     def forbidden(self, nodes: Sequence[str]) -> set[str]:
         """Nodes whose activations are bit for bit the base's: patching them must do nothing."""
-        first = min(layer for layer, _ in self.places)
+        first = self.first_layer
+        edited = {_component(*place) for place in self.places}
         heads_first = min(head for layer, head in self.places if layer == first) >= 0
         before = {node for node in nodes if _layer(node) < first}
         beside = {n for n in nodes if _layer(n) == first and (not heads_first or "H" in n)}
-        return (before | beside) - self.origin
+        return (before | beside) - edited
 
 
 def drawn_plants(
@@ -83,14 +94,17 @@ def drawn_plants(
 
 
 def several(bridge: TransformerBridge, *, nats: float, seed: int) -> list[Plant]:
-    """One effect split over eight heads; two heads that oppose each other."""
+    """The traps: split over eight heads, opposed, at position 0 only, beside an unread one."""
     rng = np.random.default_rng(seed)
     layers, n_heads = bridge.cfg.n_layers - 1, bridge.cfg.n_heads
-    drawn = [divmod(int(i), n_heads) for i in rng.permutation(layers * n_heads)[:10]]
+    drawn = [divmod(int(i), n_heads) for i in rng.permutation(layers * n_heads)[:12]]
     split, opposed = sorted(drawn[:8]), sorted(drawn[8:10])
+    early = 1 + int(rng.integers(layers // 2 - 1))  # what follows carries it to the answer
     return [
         Plant(kind="split", places=tuple(split), nats=nats),
         Plant(kind="opposed", places=tuple(opposed), nats=nats / 2, signs=(2, -1)),
+        Plant(kind="first", places=((early, -1),), nats=nats / 5),  # position 0 can hardly do more
+        Plant(kind="unread", places=tuple(drawn[10:]), nats=nats / 2),
     ]
 
 
@@ -104,11 +118,11 @@ def planted(
     models = load_models([base], device="cpu")
     bridge = models.switch(base)
     inputs = _inputs(bridge, prompts)
-    towards = _towards_answers(bridge, prompts)
+    towards = towards_answers(bridge, prompts)
     named = {}
     for plant in plants:
         place = folder / plant.name
-        _write_adapter(place, base, plant, inputs, towards, bridge)
+        _write_adapter(place, base, _edits(bridge, plant, prompts, inputs, towards), towards)
         named[str(place)] = plant
     models = load_models([base, *named], device="cpu")
     before = decide(models.switch(base), prompts).value.to_numpy()
@@ -120,7 +134,9 @@ def planted(
 
 
 # ------------------------------------------------------------------------------------- internals
-Inputs = dict[tuple[str, int], Float[Tensor, "width"]]
+Vector = Float[Tensor, "width"]
+Edit = tuple[Vector, Vector]
+Inputs = dict[tuple[str, int], Vector]
 
 
 def _component(layer: int, head: int) -> str:
@@ -145,7 +161,7 @@ def _inputs(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Inputs:
     }
 
 
-def _towards_answers(
+def towards_answers(
     bridge: TransformerBridge, prompts: Sequence[Prompt]
 ) -> Float[Tensor, "d_model"]:
     """The mean difference of the answers' unembeddings, of unit length."""
@@ -156,40 +172,85 @@ def _towards_answers(
 
 
 def _write_adapter(
-    folder: Path,
-    base: str,
-    plant: Plant,
-    inputs: Inputs,
-    towards: Float[Tensor, "d_model"],
-    bridge: TransformerBridge,
+    folder: Path, base: str, edits: Mapping[str, Sequence[Edit]], towards: Vector
 ) -> None:
-    """A PEFT adapter whose product is the sum of the plant's edits, at strength 1."""
+    """An adapter whose product is the sum of the edits, at strength 1."""
+    rank = max(map(len, edits.values()))
+    factors = {}
+    for module, own in edits.items():
+        reads, writes = (torch.stack(vectors) for vectors in zip(*own))
+        pad = rank - len(own)
+        factors[module] = (
+            torch.cat([reads, reads.new_zeros(pad, reads.shape[1])]),
+            torch.cat([writes, writes.new_zeros(pad, len(towards))]).T,
+        )
+    write_adapter(folder, base, factors)
+
+
+def _edits(
+    bridge: TransformerBridge,
+    plant: Plant,
+    prompts: Sequence[Prompt],
+    inputs: Inputs,
+    towards: Vector,
+) -> dict[str, list[Edit]]:
+    """By module, pairs of what an edit reads and what it writes."""
     signs = plant.signs or (1,) * len(plant.places)
-    by_module: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for (layer, head), sign in zip(plant.places, signs):
+    edits: dict[str, list[Edit]] = {}
+    for number, ((layer, head), sign) in enumerate(zip(plant.places, signs)):
         kind = "mlp" if head < 0 else "head"
         contrast = inputs[kind, layer]
         reads = torch.zeros_like(contrast)
         d_head = len(contrast) // bridge.cfg.n_heads
         part = slice(None) if head < 0 else slice(head * d_head, (head + 1) * d_head)
         reads[part] = contrast[part] / contrast[part].norm() ** 2
-        module = f"model.layers.{layer}.{MODULES[kind]}"
-        by_module.setdefault(module, []).append((reads, sign * towards / len(plant.places)))
-    rank = max(map(len, by_module.values()))
-    tensors = {}
-    for module, edits in by_module.items():
-        for name, column in (("lora_A", 0), ("lora_B", 1)):
-            rows = torch.stack([edit[column] for edit in edits])
-            rows = torch.cat([rows, rows.new_zeros(rank - len(rows), rows.shape[1])])
-            weight = rows if name == "lora_A" else rows.T
-            tensors[f"base_model.model.{module}.{name}.weight"] = weight.contiguous()
-    adapter = folder / "adapter"
-    adapter.mkdir(parents=True, exist_ok=True)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(by_module))
-    config.save_pretrained(str(adapter))
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    spec = {"base": base, "adapter": "adapter", "label": plant.name}
-    (folder / "model.yaml").write_text(yaml.safe_dump(spec))
+        writes = sign * towards / len(plant.places)
+        if plant.kind == "first":  # there the answers' own direction does next to nothing
+            reads = _only_at_the_first(bridge, prompts, layer)
+            felt = _gradients(bridge, prompts, f"blocks.{layer}.hook_mlp_out")
+            writes = torch.stack([gradient[0] for gradient in felt]).mean(0)
+            writes = writes / writes.norm()
+        if plant.kind == "unread" and number:
+            felt = torch.cat(_gradients(bridge, prompts, f"blocks.{layer}.hook_attn_out"))
+            least = torch.linalg.svd(felt.double()).Vh[-1].float()
+            writes = LOUD * least / len(plant.places)
+        edits.setdefault(f"model.layers.{layer}.{MODULES[kind]}", []).append((reads, writes))
+    return edits
+
+
+@torch.no_grad()
+def _only_at_the_first(bridge: TransformerBridge, prompts: Sequence[Prompt], layer: int) -> Vector:
+    """What an MLP's neurons hold at position 0 and, of these prompts, at no other position."""
+    rows = {p.branch for p in prompts} | {p.swapped().branch for p in prompts}
+    hook = HOOKS["mlp"].format(layer)
+    kept = [
+        bridge.run_with_cache(torch.tensor([row]), names_filter=hook)[1][hook][0] for row in rows
+    ]
+    first = torch.stack([neurons[0] for neurons in kept]).mean(0)
+    others = torch.cat([neurons[1:] for neurons in kept])
+    basis = torch.linalg.svd(others.double(), full_matrices=False)
+    spanned = basis.Vh[1e-6 * basis.S[0] < basis.S].float()
+    own = first - spanned.T @ (spanned @ first)
+    return own / own.norm() ** 2
+
+
+def _gradients(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], name: str
+) -> list[Float[Tensor, "pos d_model"]]:
+    """Of every prompt's decision by the activation ``name``."""
+    gradients = []
+    for prompt in prompts:
+        kept: list[Tensor] = []
+
+        def keep(x: Tensor, hook: object, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(x.detach().requires_grad_())
+            return kept[-1]
+
+        with torch.enable_grad(), bridge.hooks(fwd_hooks=[(name, keep)]):
+            logits = bridge(torch.tensor([prompt.branch]))[0, -1]
+        positive, negative = prompt.branch_ids
+        gradients.append(torch.autograd.grad(logits[positive] - logits[negative], kept)[0][0])
+    return gradients
 
 
 def _set_strength(

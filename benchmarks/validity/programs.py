@@ -50,6 +50,12 @@ class Program:
     answers: list[str]
 
     @property
+    def inputs(self) -> tuple[list[list[int]], list[str]]:
+        """All inputs that the program was run on, and what it gave at the last position."""
+        described = json.loads((FOLDER / f"{self.name}.json").read_text(encoding="utf-8"))
+        return described["inputs"], described["outputs"]
+
+    @property
     def nodes(self) -> list[str]:
         layers, heads = range(self.cfg["n_layers"]), range(self.cfg["n_heads"])
         return [*(f"L{i}H{h}" for i in layers for h in heads), *(f"L{i}_MLP" for i in layers)]

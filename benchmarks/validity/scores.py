@@ -1,41 +1,17 @@
-"""Scores of a method against a known truth: ranks, hits, and how often nothing is called something.
+"""Scores of a method against a known truth: ranks, hits, areas, and how alike sets are.
 
 A method gives every node (head, MLP, layer) a score, the larger the surer; the truth is a set of
 nodes. Ties count half, so that a method which says the same of all nodes scores as chance does.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from interp_kit.specs import InputError
 
 Scores = Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """``hits`` of ``n`` independent trials; the interval is exact, 95 % (Clopper and Pearson)."""
-
-    hits: float
-    n: int
-
-    @property
-    def value(self) -> float:
-        """Missing without a trial: never 0."""
-        return self.hits / self.n if self.n else float("nan")
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        if not self.n:
-            return float("nan"), float("nan")
-        low = stats.beta.ppf(0.025, self.hits, self.n - self.hits + 1) if self.hits else 0.0
-        all_hit = self.hits >= self.n
-        high = 1.0 if all_hit else stats.beta.ppf(0.975, self.hits + 1, self.n - self.hits)
-        return float(low), float(high)
 
 
 def check_truth(nodes: Collection[str], truth: Collection[str], *, case: str) -> None:

@@ -31,6 +31,9 @@ from interp_batch.report.findings import (
 from interp_batch.report.policy import inlined, stylesheet_ids
 from interp_kit.files import write_atomically
 from interp_kit.records import sentence
+from interp_kit.scorecard import METHODS, known_cases, read_scorecard
+from interp_kit.scorecard import sentence as known_sentence
+from interp_kit.specs import InputError
 
 ENDED = {"ok": "ok", "error": "failed", "damaged": "damaged", "not run": "not run"}
 NOT_LISTED = ("index.html", "status.json")
@@ -53,6 +56,8 @@ def write_gallery(
     ran = [r for r in results if r.state != "not run"]
     pages = _environment(folder)
     write_atomically(folder / "plotly.min.js", get_plotlyjs())
+    known = _known(ran)
+    pages.globals["known"] = {notebook: known_sentence(row) for notebook, row in known.items()}
     problems = {
         result.id: _write_page(pages, folder, result, run=title, before=before, after=after)
         for before, result, after in zip([None, *ran], ran, [*ran[1:], None])
@@ -63,6 +68,7 @@ def write_gallery(
         description=about,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **_index(results, ran, problems),
+        scorecard=list({row.method: row for row in known.values()}.values()),
         **_comparison(ran, against),
         **inlined("index.js", plotly=False),
     )
@@ -90,6 +96,15 @@ def _index(
         "made": _made_with(ran),
         "ran": ran,
     }
+
+
+def _known(ran: Sequence[Result]) -> dict[str, Any]:
+    """By notebook, how its method did on cases whose truth is known; nothing without the table."""
+    try:
+        by_method = {row.method: row for _, row in known_cases(read_scorecard()).iterrows()}
+    except InputError:
+        return {}
+    return {r.notebook: by_method[METHODS[r.notebook]] for r in ran if r.notebook in METHODS}
 
 
 def _write_page(

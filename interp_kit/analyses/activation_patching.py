@@ -29,6 +29,7 @@ from interp_kit.loading import Models
 from interp_kit.passes import shared_passes
 from interp_kit.patching.experiments import (
     Experiment,
+    Inputs,
     Replacement,
     ablation_experiments,
     components_between,
@@ -103,6 +104,7 @@ def cross_model_patching(
     metric: Metric = "decision",
     layer: int | None = None,
     among: Sequence[str] | None = None,
+    inputs: Inputs = "source",
 ) -> pd.DataFrame:
     """The decision of model ``target`` with one unit patched from model ``source``, same prompt.
 
@@ -112,20 +114,26 @@ def cross_model_patching(
     embedding as well (``L0_RESID_PRE``). A model into itself changes nothing, exactly; neither does
     anything below the first layer in which the two differ: it is known to be 0, and not computed.
 
+    ``inputs`` "source" moves what the source's component gives in the source's own run: what it
+    does differently, whether its own weights changed or what reaches it. "target" moves what it
+    makes of the target's stream: what its own weights changed, alone. A component whose weights are
+    the same then changes nothing, exactly; norms and embedding belong to no component.
+
     Raises ``InputError`` unless the two are of one architecture and vocabulary, and as
     ``activation_patching``.
     """
     require_prompts(prompts)
     models.require_comparable(source, target)
     patches = unit_patches(models.switch(target), unit, layer=layer)
-    if unit == "component" and layer is None:
+    if unit == "component" and layer is None and inputs == "source":
         patches = components_between(models, [(source, target)])
     patches = _named(patches, among)
     tables = []
     name = f"{models.title(source)} -> {models.title(target)}"
     for prompt in tqdm(prompts, desc=name, unit="prompt", leave=False):
+        how: dict[str, Any] = {"metric": metric, "positions": positions, "inputs": inputs}
         experiment = cross_model_experiment(
-            models, source, target, prompt, places_of(patches), metric=metric, positions=positions
+            models, source, target, prompt, places_of(patches), **how
         )
         table = _sweep(experiment, patches, positions)
         tables.append(table.assign(direction=f"{source} -> {target}"))
@@ -167,12 +175,16 @@ def cross_model_contrasts(
     *,
     positions: Positions = "all",
     among: Sequence[str] | None = None,
+    inputs: Inputs = "source",
 ) -> pd.DataFrame:
     """A control: the patches of ``cross_model_patching``, read as in ``contrast_patching``."""
-    patches, tables = _named(components_between(models, [(source, target)]), among), []
+    patches, tables = components_between(models, [(source, target)]), []
+    patches = [p for p in patches if inputs == "source" or p != EMBEDDING]
+    patches = _named(patches, among)
     for prompt, own in zip(with_first_tokens(prompts), pairs):
+        how: dict[str, Any] = {"positions": positions, "inputs": inputs}
         experiment = cross_model_experiment(
-            models, source, target, prompt, places_of(patches), positions=positions
+            models, source, target, prompt, places_of(patches), **how
         )
         table = _contrasts(experiment, patches, own, positions)
         tables.append(table.assign(direction=f"{source} -> {target}"))
@@ -207,7 +219,7 @@ def cross_model_patching_and_control(
     seed: int = 0,
     **options: Any,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """As ``patching_and_control``, across models; ``options``: ``positions`` and ``among``.
+    """As ``patching_and_control``, across models; ``options``: ``positions among inputs``.
 
     The control's pairs of tokens are ones that are likely in the target, drawn by ``seed``.
     """

@@ -35,8 +35,10 @@ from interp_kit.patching.scores import Metric, Score, read_sequences, score_of
 from interp_kit.patching.sweep import Sweep
 from interp_kit.prompts import Prompt
 from interp_kit.readout import project_heads
+from interp_kit.specs import InputError
 
 Replacement = Literal["zero", "mean"]
+Inputs = Literal["source", "target"]  # whose stream the source's components are given
 Context = Callable[[], AbstractContextManager[object]]
 
 
@@ -151,6 +153,7 @@ def cross_model_experiment(
     *,
     metric: Metric = "decision",
     positions: Positions = "all",
+    inputs: Inputs = "source",
 ) -> Experiment:
     """Activations of model ``source`` on the prompt, written into model ``target`` on it.
 
@@ -161,31 +164,42 @@ def cross_model_experiment(
     head, and in the final norm and the unembedding: these read the target's stream, and are its
     own.
 
+    ``inputs`` "target": what the source's components make of the *target's* residual stream, rather
+    than of their own. What differs then is what their own weights change, and a component whose
+    weights are the same changes nothing, exactly; of a stream no such patch exists.
+
     A patch that names no positions is written at all of those that ``positions`` means: where the
     answers part, or in every named segment.
 
-    Raises ``InputError`` unless the two are of one architecture and vocabulary.
+    Raises ``InputError`` unless the two are of one architecture and vocabulary, and for a place of
+    the residual stream with ``inputs`` "target".
     """
     models.require_comparable(source, target)
     asked = read_sequences(prompt, metric)
     bridge = models.switch(source)
-    source_runs, written_there = [], []
+    source_runs = []
     for sequence in asked:
         check_memory(bridge, length=len(sequence.tokens))
         source_runs.append(recorded(bridge, sequence.tokens, places, read=sequence.read))
-        written_there.append(
-            _written_by_heads(bridge, source_runs[-1], _tail(prompt, sequence, positions))
-        )
+    target_runs = _recorded_as_target(models, target, asked, places, inputs)
+    bridge, moved_runs = models.switch(source), source_runs
+    if inputs == "target":
+        moved_runs = [
+            record(bridge, sequence.tokens, places, read=sequence.read, inputs=run)
+            for sequence, run in zip(asked, target_runs)
+        ]
+    tails = [_tail(prompt, sequence, positions) for sequence in asked]
+    written_there = [_written_by_heads(bridge, *own) for own in zip(moved_runs, tails)]
     bridge = models.switch(target)
     sequences = []
-    for sequence, source_run, written in zip(asked, source_runs, written_there):
-        target_run = recorded(bridge, sequence.tokens, places, read=sequence.read)
-        here = _written_by_heads(bridge, source_run, _tail(prompt, sequence, positions))
+    for i, sequence in enumerate(asked):
+        written, here = written_there[i], _written_by_heads(bridge, moved_runs[i], tails[i])
         shift = {layer: written[layer] - here[layer] for layer in written}
         shift = {layer: value for layer, value in shift.items() if bool(value.any())}
-        values = SourceValues(values=source_run.activations, head_shift=shift)
+        values = SourceValues(values=moved_runs[i].activations, head_shift=shift)
         context = partial(_computing_as, models, target)
-        key = "from", source, sequence.tokens, positions, sequence.read
+        key = "from", source, sequence.tokens, positions, sequence.read, inputs
+        target_run = target_runs[i]
         sequences.append(_patched(bridge, sequence, target_run, values, key=key, context=context))
     experiment = _experiment(prompt, metric, sequences, source_runs)
     if positions not in ("decision", "segments"):
@@ -305,6 +319,29 @@ def identity_experiment(
 
 
 # ------------------------------------------------------------------------------------- internals
+def _recorded_as_target(
+    models: Models,
+    target: str,
+    asked: Sequence[AnswerSequence],
+    places: Sequence[Place],
+    inputs: Inputs,
+) -> list[Recording]:
+    """The target's runs; for what a source makes of them, every time by one pass of the same shape.
+
+    Then equal weights give equal bits, and what is equal is known to change nothing.
+    """
+    bridge = models.switch(target)
+    if inputs == "source":
+        return [recorded(bridge, s.tokens, places, read=s.read) for s in asked]
+    if stream := next((site for site, _ in places if site.startswith("resid")), None):
+        raise InputError(
+            f"{stream!r} is a stream, and no component makes it; with inputs='target' patch heads, "
+            "MLPs or neurons"
+        )
+    attention: list[Place] = [("attn_out", layer) for layer in range(bridge.cfg.n_layers)]
+    return [record(bridge, s.tokens, [*places, *attention], read=s.read) for s in asked]
+
+
 def _placed(patches: PatchSet, where: tuple[int, ...]) -> PatchSet:
     return frozenset(replace(p, positions=where) if p.positions is None else p for p in patches)
 

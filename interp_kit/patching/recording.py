@@ -80,11 +80,14 @@ def record(
     *,
     read: int = 1,
     like: Recording | None = None,
+    inputs: Recording | None = None,
 ) -> Recording:
     """Run ``tokens`` once and keep ``places``, and what else sweeps need.
 
     Only the last ``read`` positions are unembedded. The beginning that ``tokens`` share with
-    ``like``, a recording of the same places, is taken from there.
+    ``like``, a recording of the same places, is taken from there. With ``inputs``, another model's
+    recording with every "attn_out", each block and its MLP get what they got there: what is kept is
+    what this model's components make of it.
     """
     shared = _shared_beginning(tokens, like, at_most=len(tokens) - read)
     activations: dict[Place, Tensor] = {}
@@ -112,6 +115,7 @@ def record(
     places = sorted(set(places), key=lambda place: place[1])
     hooks: Hooks = [(HOOKS[site].format(layer), keep((site, layer))) for site, layer in places]
     hooks += [(f"blocks.{layer}.hook_in", enters(layer)) for layer in range(bridge.cfg.n_layers)]
+    hooks += [] if inputs is None else _giving(inputs)  # after what keeps a place
     ids = torch.tensor([list(tokens)], device=bridge.cfg.device)
     cache: Any = DynamicCache()
     if like and shared:
@@ -130,6 +134,22 @@ def record(
         final=final[0],
         logits=logits[0].float(),
     )
+
+
+def _giving(inputs: Recording) -> Hooks:
+    """Every block, and its MLP, gets what it got in that run."""
+
+    def instead(value: Tensor) -> Callable[..., Tensor]:
+        return lambda x, hook: value[None]
+
+    return [
+        pair
+        for layer, stream in enumerate(inputs.stream)
+        for pair in (
+            (f"blocks.{layer}.hook_in", instead(stream)),
+            (HOOKS["attn_out"].format(layer), instead(inputs.activations["attn_out", layer])),
+        )
+    ]
 
 
 def recorded(
