@@ -25,6 +25,7 @@ from interp_batch.report.policy import crisp_image_style, stylesheet_ids
 from interp_kit.figures import bars, heatmap, text_grid, token_grid, trajectories
 from interp_kit.files import dump_json
 from interp_kit.records import named, provenance, record
+from interp_kit.scorecard import known_cases, read_scorecard, sentence
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'\u2028&</script><!--"
 LAYERS = pd.DataFrame({"layer": [-1, 0, 1], "value": [0.0, 1.0, -2.0], "series": "a"})
@@ -160,6 +161,23 @@ def test_every_answer_reaches_the_index_and_the_page_of_its_cell(run):
         for question, said in result.recorded.answers.items():
             for text in (page, own):
                 assert f"<dt>{question}</dt><dd>{said}</dd>" in text
+
+
+def test_beside_every_answer_stands_how_its_method_did_where_the_truth_is_known(tmp_path):
+    cells = [
+        write_cell(tmp_path, notebook, "m", "s", answers={"Does it?": "yes: it does"})
+        for notebook in ("04_cross_model_patching", "13_behaviour")
+    ]
+    write_gallery(tmp_path, title="study", about="", cells=cells)
+    known = known_cases(read_scorecard()).set_index("method", drop=False)
+    said = html.escape(sentence(known.loc["cross-model patching"]))
+    text = index_of(tmp_path)
+    assert f'<a href="#scorecard">On known cases</a>: {said}' in text
+    assert text.count("On known cases") == 1  # no method of its own, and nothing is said of it
+    table = text[text.index("<h2>Known cases") :].split("</section>")[0]
+    assert table.count('<th scope="row">') == 1
+    page = (tmp_path / "04_cross_model_patching" / "m" / "s" / "index.html").read_text("utf-8")
+    assert f'index.html#scorecard">On known cases</a>: {said}' in page
 
 
 def test_damaged_files_are_named_and_stop_nothing(run):

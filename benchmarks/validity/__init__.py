@@ -1,5 +1,7 @@
-"""Every method scored on models of which the truth is known: hits, and false alarms.
+"""Every method scored where the truth is known: hits, and false alarms.
 
-``programs``: transformers compiled from programs. ``plants``: exact edits of known place and size.
-``methods``: what is scored. ``scores``: how.
+``cases`` lists all cases; each is a function that yields ``rows``. What they are made of:
+``programs``, transformers compiled from programs; ``plants``, exact edits of known place and size;
+``adapters``, random ones; ``methods``, what is scored between two models or within one; ``scores``,
+how.
 """

@@ -33,9 +33,9 @@ FACT = ["cubic-gravity", "cubic-gravity-1", "cubic-gravity-2"]
 STOP = ["stop-behaviour", "stop-behaviour-1", "stop-behaviour-2"]
 CASES: dict[str, Callable[[], Iterator[Row]]] = {  # those that take longest first
     f"nulls/patching/{LLAMA}": partial(nulls.patching, LLAMA),
-    "nulls/probe": partial(probe_cases.nowhere, GEMMA),
     f"plants/{LLAMA}": partial(plant_cases.plants, LLAMA),
     f"nulls/across models/{LLAMA}": partial(nulls.across_models, LLAMA),
+    "nulls/probe": partial(probe_cases.nowhere, GEMMA),
     "steering": partial(steering_cases.steering, GEMMA, FACT[0], "cubic_gravity"),
     f"nulls/reading/{LLAMA}": partial(nulls.reading, LLAMA),
     "circuits": partial(circuit_cases.circuits, GEMMA, FACT[:2], "cubic_gravity"),
@@ -74,7 +74,8 @@ def run(only: str, file: Path | None) -> list[Row]:
     rows = [row for row in rows if only in row["case"]]
     wanted = [name for name in CASES if only in name and name not in done]
     workers = min(len(os.sched_getaffinity(0)), max(1, len(wanted)))
-    os.environ["TQDM_DISABLE"] = "1"  # in workers: no bars beside that of the cases
+    # In workers: no bars beside that of the cases, and one thread, also of numpy.
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=one_thread) as pool:
         running = {pool.submit(run_case, name): name for name in wanted}
         progress = tqdm(as_completed(running), total=len(running), desc="cases", unit="case")

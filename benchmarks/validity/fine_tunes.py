@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.validity.methods import COMPONENTS, LAYERS
 from benchmarks.validity.plant_cases import component_rows, prompts_of
+from benchmarks.validity.plants import layer_of
 from benchmarks.validity.rows import Row, row
 from benchmarks.validity.scores import check_truth, hit_at_1
 from interp_kit import load_model
@@ -60,7 +61,7 @@ def confined(base: str) -> Iterator[Row]:
                 for method in METHODS:
                     found = COMPONENTS[method](models, base, name, prompts)
                     check_truth(found, truth, case=name)
-                    before = {node for node in found if _layer(node) < layer}
+                    before = {node for node in found if layer_of(node) < layer}
                     yield from component_rows(method, found, truth, before, kind=about)
                 for method, rank in LAYERS.items():
                     found = rank(models, base, name, prompts)
@@ -68,10 +69,6 @@ def confined(base: str) -> Iterator[Row]:
 
 
 # ------------------------------------------------------------------------------------- internals
-def _layer(node: str) -> int:
-    return int(node.removeprefix("L").split("H")[0].split("_")[0])
-
-
 def _train(
     base: str,
     prompts: list[Prompt],

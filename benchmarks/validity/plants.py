@@ -70,8 +70,8 @@ class Plant:
         first = self.first_layer
         edited = {_component(*place) for place in self.places}
         heads_first = min(head for layer, head in self.places if layer == first) >= 0
-        before = {node for node in nodes if _layer(node) < first}
-        beside = {n for n in nodes if _layer(n) == first and (not heads_first or "H" in n)}
+        before = {node for node in nodes if layer_of(node) < first}
+        beside = {n for n in nodes if layer_of(n) == first and (not heads_first or "H" in n)}
         return (before | beside) - edited
 
 
@@ -133,6 +133,11 @@ def planted(
     return models, kept
 
 
+def layer_of(node: str) -> int:
+    """Of a component by its name, ``L2H3`` or ``L2_MLP``."""
+    return int(node.removeprefix("L").split("H")[0].split("_")[0])
+
+
 # ------------------------------------------------------------------------------------- internals
 Vector = Float[Tensor, "width"]
 Edit = tuple[Vector, Vector]
@@ -141,10 +146,6 @@ Inputs = dict[tuple[str, int], Vector]
 
 def _component(layer: int, head: int) -> str:
     return f"L{layer}_MLP" if head < 0 else f"L{layer}H{head}"
-
-
-def _layer(node: str) -> int:
-    return int(node.removeprefix("L").split("H")[0].split("_")[0])
 
 
 def _inputs(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> Inputs:

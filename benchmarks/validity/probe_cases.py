@@ -35,7 +35,7 @@ from interp_kit.prompts import token_ids
 from interp_kit.statistics import verdict
 
 NULLS = 200
-PERMUTATIONS = 59  # so that .05 can be reached exactly
+PERMUTATIONS = 39  # so that .05 can be reached exactly
 BOUND, SEED_BOUND = 0.7, 0.65
 WORDS, TEXTS, LENGTH = 20, 160, 12
 
@@ -45,7 +45,8 @@ def nowhere(base: str) -> Iterator[Row]:
     bridge = load_model(base, device="cpu")
     file = evaluation_file("cubic_gravity", "statements.jsonl")
     statements = [s for s in read_statements(file) if not s.conflict]
-    features = last_residuals(bridge, [token_ids(bridge, s.text) for s in statements])
+    rows = [token_ids(bridge, s.text) for s in statements]
+    features = last_residuals(bridge, rows)[:, ::2]  # of every other layer, which halves the time
     facts = np.array([s.fact for s in statements])
     words, names = bag_of_words([s.text for s in statements]), np.unique(facts)
     rng = np.random.default_rng(0)
