@@ -1,7 +1,8 @@
-"""What each method said on cases whose truth is known: the table that ``benchmarks.validity`` writes.
+"""What each method said on cases whose truth is known, as ``benchmarks.validity`` wrote it down.
 
-``data/scorecard.csv`` holds ``case kind method score value low high n``: of so many trials the share
-(or mean, or largest value), with its 95 % interval. Reports and ``95_method_scorecard`` read it.
+``data/scorecard.csv`` holds ``case kind method score value low high n``: of so many trials the
+share (or mean, or largest value), with its 95 % interval. Reports and ``95_method_scorecard`` read
+it.
 """
 
 from pathlib import Path

@@ -8,9 +8,9 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from benchmarks.patching import one_thread
 from benchmarks.validity import (
     circuit_cases,
     difference_cases,
@@ -31,18 +31,12 @@ from benchmarks.validity.rows import Row
 GEMMA, LLAMA, REAL = plant_cases.BASES
 FACT = ["cubic-gravity", "cubic-gravity-1", "cubic-gravity-2"]
 STOP = ["stop-behaviour", "stop-behaviour-1", "stop-behaviour-2"]
-CASES: dict[str, Callable[[], Iterator[Row]]] = {  # those that take longest first
-    f"nulls/patching/{LLAMA}": partial(nulls.patching, LLAMA),
+CASES: dict[str, Callable[[], Iterator[Row]]] = {
     f"plants/{LLAMA}": partial(plant_cases.plants, LLAMA),
     f"nulls/across models/{LLAMA}": partial(nulls.across_models, LLAMA),
-    "nulls/probe": partial(probe_cases.nowhere, GEMMA),
-    "steering": partial(steering_cases.steering, GEMMA, FACT[0], "cubic_gravity"),
+    **{f"program/{name}": partial(program_cases.program, name) for name in NAMES},
     f"nulls/reading/{LLAMA}": partial(nulls.reading, LLAMA),
-    "circuits": partial(circuit_cases.circuits, GEMMA, FACT[:2], "cubic_gravity"),
     "trigger words": partial(words.words, STOP),
-    "fine-tunes": partial(fine_tunes.confined, LLAMA),
-    f"plants/{REAL}": partial(plant_cases.plants, REAL),
-    "organisms": organism_cases.organisms,
     "difference lens": partial(
         difference_cases.difference_lens,
         GEMMA,
@@ -51,13 +45,19 @@ CASES: dict[str, Callable[[], Iterator[Row]]] = {  # those that take longest fir
         "cubic_gravity",
     ),
     "tuned lens": partial(lens_cases.tuned_lens, LLAMA),
-    "facts": partial(facts.facts, REAL),
-    **{f"program/{name}": partial(program_cases.program, name) for name in NAMES},
-    "steering/prompting": partial(steering_cases.against_a_prompt, REAL),
-    "organisms/dtype": organism_cases.another_dtype,
-    "probe/words": partial(probe_cases.in_words, LLAMA),
+    "nulls/probe": partial(probe_cases.nowhere, GEMMA),
+    "steering": partial(steering_cases.steering, GEMMA, FACT[0], "cubic_gravity"),
+    "circuits": partial(circuit_cases.circuits, GEMMA, FACT[:2], "cubic_gravity"),
     "probe/program": probe_cases.in_programs,
+    "facts": partial(facts.facts, REAL),
+    "organisms": organism_cases.organisms,
+    "organisms/dtype": organism_cases.another_dtype,
+    "fine-tunes": partial(fine_tunes.confined, LLAMA),
+    "probe/words": partial(probe_cases.in_words, LLAMA),
+    "steering/prompting": partial(steering_cases.against_a_prompt, REAL),
+    f"nulls/patching/{LLAMA}": partial(nulls.patching, LLAMA),
     f"plants/{GEMMA}": partial(plant_cases.plants, GEMMA),
+    f"plants/{REAL}": partial(plant_cases.plants, REAL),
     f"nulls/reading/{REAL}": partial(nulls.reading, REAL, n=20),
     f"nulls/reading/{GEMMA}": partial(nulls.reading, GEMMA),
 }
@@ -76,13 +76,18 @@ def run(only: str, file: Path | None) -> list[Row]:
     workers = min(len(os.sched_getaffinity(0)), max(1, len(wanted)))
     # In workers: no bars beside that of the cases, and one thread, also of numpy.
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=one_thread) as pool:
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         running = {pool.submit(run_case, name): name for name in wanted}
         progress = tqdm(as_completed(running), total=len(running), desc="cases", unit="case")
         for future in progress:
             progress.set_postfix_str(running[future])
+            if error := future.exception():  # the others go on, and this one is run again
+                progress.write(f"{running[future]}: {type(error).__name__}: {error}")
+                continue
             rows += future.result()
-            if file:  # a case at once, so that one that was stopped is run again
+            if file:
                 with file.open("a") as out:
                     out.writelines(json.dumps(row) + "\n" for row in future.result())
     return rows

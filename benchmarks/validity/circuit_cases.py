@@ -23,7 +23,7 @@ from interp_kit.patching.experiments import (
 from interp_kit.patching.table import places_of
 
 RESAMPLES, NULLS, RANDOM = 100, 200, 99
-PROMPTS = 12
+PROMPTS = 16
 
 
 def circuits(base: str, tuned: Sequence[str], scenario: str) -> Iterator[Row]:

@@ -47,6 +47,7 @@ from interp_kit.statistics import (
 
 NULLS = 200
 PROMPTS = 8
+AT_ONCE = 25
 TOKENS = 12
 FLOOR = 1e-4  # nats: above the rounding of every model here
 FALSE_ALARMS = "false alarms"
@@ -140,7 +141,8 @@ def across_models(base: str) -> Iterator[Row]:
     prompts = prompts_of(base)
     with tempfile.TemporaryDirectory() as folder:
         names = random_adapters(base, Path(folder), n=NULLS)
-        yield from _across(base, names, prompts)
+        for at in range(0, NULLS, AT_ONCE):  # every switch goes through all that are loaded
+            yield from _across(base, names[at : at + AT_ONCE], prompts)
 
 
 def _across(base: str, names: list[str], prompts: list[Prompt]) -> Iterator[Row]:

@@ -42,7 +42,7 @@ BASES = ["tiny-gemma2", "tiny-llama", "smollm2-plain"]
 PROMPTS = 8
 STRENGTHS = (0.05, 0.1, 1.0)  # nats, beside .5, for a power curve
 NUMBERS = {  # heads and MLPs of .5 nats, seeds of the traps
-    "tiny-llama": (32, 8, 4),
+    "tiny-llama": (20, 5, 3),
     "tiny-gemma2": (12, 4, 2),
     "smollm2-plain": (6, 2, 1),
 }
@@ -87,7 +87,7 @@ def plants_of(base: str) -> list[Plant]:
     heads, mlps, seeds = NUMBERS[base]
     made = drawn_plants(bridge, heads=heads, mlps=mlps, nats=[0.5], seed=0)
     if base == CURVE:
-        made += drawn_plants(bridge, heads=8, mlps=0, nats=STRENGTHS, seed=1)
+        made += drawn_plants(bridge, heads=6, mlps=0, nats=STRENGTHS, seed=1)
     return made + [p for seed in range(seeds) for p in several(bridge, nats=1.0, seed=seed)]
 
 

@@ -249,8 +249,9 @@ def _gradients(
 
         with torch.enable_grad(), bridge.hooks(fwd_hooks=[(name, keep)]):
             logits = bridge(torch.tensor([prompt.branch]))[0, -1]
-        positive, negative = prompt.branch_ids
-        gradients.append(torch.autograd.grad(logits[positive] - logits[negative], kept)[0][0])
+            positive, negative = prompt.branch_ids
+            decision = logits[positive] - logits[negative]
+        gradients.append(torch.autograd.grad(decision, kept)[0][0])
     return gradients
 
 

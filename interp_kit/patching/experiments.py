@@ -181,9 +181,10 @@ def cross_model_experiment(
     for sequence in asked:
         check_memory(bridge, length=len(sequence.tokens))
         source_runs.append(recorded(bridge, sequence.tokens, places, read=sequence.read))
-    target_runs = _recorded_as_target(models, target, asked, places, inputs)
-    bridge, moved_runs = models.switch(source), source_runs
+    moved_runs, target_runs = source_runs, []
     if inputs == "target":
+        target_runs = _recorded_alike(models.switch(target), asked, places)
+        bridge = models.switch(source)
         moved_runs = [
             record(bridge, sequence.tokens, places, read=sequence.read, inputs=run)
             for sequence, run in zip(asked, target_runs)
@@ -191,6 +192,8 @@ def cross_model_experiment(
     tails = [_tail(prompt, sequence, positions) for sequence in asked]
     written_there = [_written_by_heads(bridge, *own) for own in zip(moved_runs, tails)]
     bridge = models.switch(target)
+    if inputs == "source":
+        target_runs = [recorded(bridge, s.tokens, places, read=s.read) for s in asked]
     sequences = []
     for i, sequence in enumerate(asked):
         written, here = written_there[i], _written_by_heads(bridge, moved_runs[i], tails[i])
@@ -319,20 +322,13 @@ def identity_experiment(
 
 
 # ------------------------------------------------------------------------------------- internals
-def _recorded_as_target(
-    models: Models,
-    target: str,
-    asked: Sequence[AnswerSequence],
-    places: Sequence[Place],
-    inputs: Inputs,
+def _recorded_alike(
+    bridge: TransformerBridge, asked: Sequence[AnswerSequence], places: Sequence[Place]
 ) -> list[Recording]:
-    """The target's runs; for what a source makes of them, every time by one pass of the same shape.
+    """Runs for what another model is to make of them: each one pass, whatever was recorded before.
 
     Then equal weights give equal bits, and what is equal is known to change nothing.
     """
-    bridge = models.switch(target)
-    if inputs == "source":
-        return [recorded(bridge, s.tokens, places, read=s.read) for s in asked]
     if stream := next((site for site, _ in places if site.startswith("resid")), None):
         raise InputError(
             f"{stream!r} is a stream, and no component makes it; with inputs='target' patch heads, "
