@@ -106,7 +106,7 @@ def test_differences_are_paired_whatever_the_order():
     result = paired_difference(table, other, ["place", "prompt"])
     assert result.value.tolist() == [0, 0, -2, -6, -12, -20]
     assert list(result.columns) == list(table.columns)
-    one, another = (t[t.place == t.place.iloc[0]] for t in (table, other))
+    one, another = (pd.DataFrame(t[t.place == table.place.iloc[0]]) for t in (table, other))
     assert paired_difference(one, another, ["prompt"]).value.tolist() == [0, 0, -2]
     for wrong in (
         pd.DataFrame(other.iloc[1:]),
