@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.validity.methods import COMPONENTS, LAYERS
-from benchmarks.validity.plant_cases import component_rows, prompts_of
+from benchmarks.validity.plant_cases import RANKED, component_rows, prompts_of
 from benchmarks.validity.plants import layer_of
 from benchmarks.validity.rows import Row, row
 from benchmarks.validity.scores import check_truth, hit_at_1
@@ -32,9 +32,7 @@ from interp_kit.prompts import Prompt
 
 STEPS, RATE = 20, 5e-3
 EACH = 4  # fine-tunes of a head, an MLP and a layer, each as LoRA and whole
-METHODS = ("cross-model patching", "cross-model patching, own weights", "attribution patching")
-METHODS += ("circuit", "direct logit attribution", "activation difference", "weight difference")
-METHODS += ("random order",)
+METHODS = (*RANKED, "circuit")
 
 
 def confined(base: str) -> Iterator[Row]:

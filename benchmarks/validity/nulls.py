@@ -93,9 +93,9 @@ def reading(base: str, *, n: int = NULLS) -> Iterator[Row]:
     for prompts in tqdm(unrelated_prompts(bridge, n=n), desc=f"{base}, reading", unit="null"):
         pairs, swapped = likely_pairs(bridge, prompts), counterfactuals(prompts)
         decisions = decide(bridge, prompts)
-        decided = _differs_from(0.0, decisions)
+        decided = _decided(decisions)
         apart = decisions.value - decide(bridge, swapped).value
-        said = _differs_from(0.0, decisions.assign(value=apart))
+        said = _decided(decisions.assign(value=apart))
         yield row("comparison of decisions", FALSE_ALARMS, said, kind=YES)
         for method, (analysis, contrast, unit) in ways.items():
             with shared_passes():
@@ -156,7 +156,7 @@ def _across(base: str, names: list[str], prompts: list[Prompt]) -> Iterator[Row]
             )
         how: dict[str, Any] = {"column": "change", "noise_floor": FLOOR, "resamples": 999}
         clear = against_control(table, others, ["component"], **how).clear.any()
-        moved = _differs_from(0.0, change)
+        moved = _decided(change)
         yield row("cross-model patching", FALSE_ALARMS, clear, kind="any component")
         yield row("cross-model patching", FALSE_ALARMS, clear and moved, kind=YES)
         plain = effects(table, ["component"], resamples=999, noise_floor=FLOOR).clear.any()
@@ -164,9 +164,9 @@ def _across(base: str, names: list[str], prompts: list[Prompt]) -> Iterator[Row]
 
 
 # ------------------------------------------------------------------------------------- internals
-def _differs_from(level: float, table: pd.DataFrame) -> bool:
-    gap = mean_interval(table)
-    return verdict(gap.low, gap.high, ">", level) == "yes" or bool(gap.high.iloc[0] < level)
+def _decided(table: pd.DataFrame) -> bool:
+    mean = mean_interval(table)
+    return bool(mean.low.iloc[0] > 0 or mean.high.iloc[0] < 0)
 
 
 def _layer_decides(trace: pd.DataFrame, other: pd.DataFrame) -> bool:
@@ -177,4 +177,4 @@ def _layer_decides(trace: pd.DataFrame, other: pd.DataFrame) -> bool:
     best = mean_interval(by_layer, ["layer"], column="recovered_fraction").nlargest(1, "value")
     beside = (other.change / scale)[other.layer == best.layer.item()].abs().mean()
     beyond = verdict(best.low, best.high, ">", beside) == "yes"
-    return beyond and _differs_from(0.0, gap)
+    return beyond and _decided(gap)

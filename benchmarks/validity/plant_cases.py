@@ -55,8 +55,10 @@ RANKED = (
     "cross-model patching, own weights",
     "attribution patching",
     "direct logit attribution",
+    "activation difference",
+    "weight difference",
+    "random order",
 )
-RANKED += ("activation difference", "weight difference", "random order")
 
 
 def prompts_of(base: str) -> list[Prompt]:
