@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table.to_string(index=False, float_format="{:.3f}".format))
     if given.scorecard:
         table.round(4).to_csv(given.scorecard, index=False)
+    if missing := [n for n in CASES if given.only in n and n not in set(table.case)]:
+        raise SystemExit(f"no rows of {', '.join(missing)}: run the command again")
 
 
 if __name__ == "__main__":
