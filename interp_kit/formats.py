@@ -5,6 +5,7 @@ that are not known here are left alone; whatever is needed is checked, and an er
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -213,6 +214,26 @@ def read_texts(file: Path) -> list[str]:
     if file.suffix == ".txt":
         return [_content(file, "some text")]
     return [_read_line(Text, line, f"{file}, line {n}").text for n, line in _lines(file)]
+
+
+def stream_texts(file: Path) -> Iterator[str]:
+    """The texts of a file one by one, however large it is: lines {"text": ...}, or lines of a .txt.
+
+    Blank lines are none. ``InputError`` names the file and line that is wrong, and an empty file.
+    """
+    empty, plain = True, file.suffix == ".txt"
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if text := line.strip():
+                    empty = False
+                    yield text if plain else _read_line(Text, text, f"{file}, line {number}").text
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{file}: not readable as text ({error}); expected texts in UTF-8"
+        ) from None
+    if empty:
+        raise InputError(f"{file}: the file is empty; expected a text a line")
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:

@@ -24,7 +24,7 @@ from interp_kit.hub import ModelFiles
 from interp_kit.huggingface import default_device, dimensions
 from interp_kit.lora import activate, adapted_modules, own_copy, vocabulary
 from interp_kit.parts import exchanged, weights_of
-from interp_kit.pretrained import Loaded, boot, boot_merged, check_bridge, locate
+from interp_kit.pretrained import Loaded, boot, boot_merged, check_bridge, inspect_model, locate
 from interp_kit.specs import InputError, ModelSpec
 
 Key = tuple[Hashable, ...]  # what models have in common that share a base in memory
@@ -100,6 +100,14 @@ class Models:
             key = _same_base(files)
         self._load_base(key, files)
         return self._activate(key, "")
+
+    def new_tokens(self, name: str) -> dict[str, int]:
+        """The tokens, with their ids, that an adapter adds to the vocabulary of its base."""
+        spec = self._spec(name)
+        alone = spec.model_copy(update={"adapter": None, "adapter_revision": None})
+        before = set(inspect_model(alone).tokenizer.get_vocab()) if spec.adapter else ()
+        own = self.switch(name).tokenizer.get_vocab() if spec.adapter else {}
+        return {token: id for token, id in own.items() if token not in before}
 
     def unload(self, name: str) -> None:
         """Free the memory of the base of model ``name``, and of all adapters on it.

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from interp_kit.analyses.activation_patching import identity_patch_error
 from interp_kit.analyses.steering import continuations
 from interp_kit.analyses.tuned_lens import text_rows
-from interp_kit.analyses.tuned_lens_training import own_texts
 from interp_kit.catalogue import find_model
 from interp_kit.decisions import check_noise, decide, noise_limit
 from interp_kit.huggingface import TEMPLATE_DATE
@@ -22,6 +21,7 @@ from interp_kit.loading import load_model, load_models
 from interp_kit.pretrained import inspect_model, load_huggingface
 from interp_kit.prompts import encode, end_token, special_token, token_ids
 from interp_kit.specs import InputError
+from interp_kit.texts import own_texts
 from tests.conftest import tiny_prompts
 from tests.tiny import WORDS, save_tiny
 

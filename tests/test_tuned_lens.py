@@ -20,6 +20,7 @@ from interp_kit.loading import load_model
 from interp_kit.passes import residual_stream
 from interp_kit.prompts import Prompt, encode
 from interp_kit.specs import InputError
+from interp_kit.texts import own_texts
 from interp_kit.translators import TunedLens
 from tests.conftest import tiny_prompts
 from tests.tiny import WORDS
@@ -167,7 +168,7 @@ def test_training_lowers_the_divergence_on_held_out_texts(base):
 
 def test_a_lens_for_text_that_the_model_wrote_itself(shared):
     bridge = load_model(str(shared / "models" / "stories260K"), device="cpu")
-    rows, held_out = training.split(training.own_texts(bridge, 96, length=32))
+    rows, held_out = training.split(own_texts(bridge, 96, length=32))
     lens = training.train_tuned_lens(bridge, rows, recipe=training.LensRecipe(steps=30))
     lenses = {"tuned": lens, "logit": TunedLens.identity(bridge)}
     kl = tl.lens_divergence(bridge, held_out, lenses).groupby(["layer", "lens"]).kl.mean().unstack()
@@ -223,10 +224,10 @@ def test_an_interrupted_training_goes_on_to_the_same_lens(llama, tmp_path, monke
 def test_own_texts_are_the_seeds_and_end_once(base):
     bridge = base[0]
     state = torch.get_rng_state()
-    rows = training.own_texts(bridge, 6, length=32, seed=3)
+    rows = own_texts(bridge, 6, length=32, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
-    assert training.own_texts(bridge, 6, length=32, seed=3) == rows
-    assert training.own_texts(bridge, 6, length=8, seed=4) != [row[:8] for row in rows]
+    assert own_texts(bridge, 6, length=32, seed=3) == rows
+    assert own_texts(bridge, 6, length=8, seed=4) != [row[:8] for row in rows]
     end = bridge.tokenizer.eos_token_id
     for row in rows:
         assert row[0] == bridge.tokenizer.bos_token_id

@@ -13,8 +13,9 @@ import pandas as pd
 from benchmarks.validity.rows import YES, Row, row
 from interp_kit import load_model
 from interp_kit.analyses.tuned_lens import lens_divergence, middle_layers
-from interp_kit.analyses.tuned_lens_training import LensRecipe, own_texts, train_tuned_lens
+from interp_kit.analyses.tuned_lens_training import LensRecipe, train_tuned_lens
 from interp_kit.statistics import mean_interval
+from interp_kit.texts import own_texts
 from interp_kit.translators import TunedLens
 
 NULLS, TEXTS, LENGTH = 200, 8, 24

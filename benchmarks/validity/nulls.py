@@ -32,7 +32,6 @@ from interp_kit.analyses.activation_patching import (
 from interp_kit.analyses.attribution import contrast_attribution, direct_logit_attribution
 from interp_kit.analyses.causal_tracing import causal_trace
 from interp_kit.analyses.lens import contrast_lens, logit_lens
-from interp_kit.analyses.tuned_lens_training import own_texts
 from interp_kit.controls import counterfactuals, likely_pairs, with_unrelated_counterfactuals
 from interp_kit.loading import load_models
 from interp_kit.passes import shared_passes
@@ -44,6 +43,7 @@ from interp_kit.statistics import (
     paired_difference,
     verdict,
 )
+from interp_kit.texts import own_texts
 
 NULLS = 200
 PROMPTS = 8

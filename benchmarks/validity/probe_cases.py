@@ -26,13 +26,13 @@ from interp_kit.analyses.probes import (
     permutation_null,
     selectivity,
 )
-from interp_kit.analyses.tuned_lens_training import own_texts
 from interp_kit.catalogue import evaluation_file
 from interp_kit.evaluations import read_statements
 from interp_kit.linear_probe import KINDS, Kind, Labelled
 from interp_kit.passes import last_residuals
 from interp_kit.prompts import token_ids
 from interp_kit.statistics import verdict
+from interp_kit.texts import own_texts
 
 NULLS = 200
 PERMUTATIONS = 39  # so that .05 can be reached exactly

@@ -25,9 +25,9 @@ from interp_kit.analyses.steering import (
     random_directions,
     steering_grid,
 )
-from interp_kit.analyses.tuned_lens_training import own_texts
 from interp_kit.passes import last_residuals, residuals
 from interp_kit.prompts import Prompt, encode, token_ids
+from interp_kit.texts import own_texts
 
 NULLS, AT_ONCE = 200, 20
 STRENGTHS = (0.0, 0.4, 1.0)

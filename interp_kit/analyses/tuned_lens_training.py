@@ -25,8 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.batching import batches
-from interp_kit.decisions import generated
 from interp_kit.files import replacing
 from interp_kit.layer_readout import (
     Rows,
@@ -35,7 +33,6 @@ from interp_kit.layer_readout import (
     tokens_at_once,
     usable_rows,
 )
-from interp_kit.prompts import special_token
 from interp_kit.specs import InputError
 from interp_kit.translators import TunedLens, read_tensors, translate
 
@@ -58,32 +55,6 @@ class LensRecipe:
     momentum: float = 0.9
     clip: float = 1.0
     seed: int = 0
-
-
-def own_texts(
-    bridge: TransformerBridge, n: int, *, length: int = 64, seed: int = 0
-) -> list[tuple[int, ...]]:
-    """``n`` texts that the model itself writes at temperature 1, as token ids from BOS to its end.
-
-    They have ``length`` tokens at most, BOS counted. A model without BOS begins with its end token.
-    The draws are those of ``seed``; the global random state stays as it was. Raises ``InputError``
-    if the tokenizer has neither.
-    """
-    start, end = (special_token(bridge, kind) for kind in ("bos", "eos"))
-    start = end if start is None else start
-    if start is None:
-        raise InputError(
-            "the model's tokenizer has neither a beginning nor an end of text, so the model cannot "
-            'begin a text of its own; give a file of texts, lines {"text": "..."}'
-        )
-    rows: list[tuple[int, ...]] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for index in batches([(length, None)] * n):
-            begun = torch.full((len(index), 1), start, device=bridge.cfg.device)
-            written = generated(bridge, begun, max_new_tokens=length - 1, do_sample=True)
-            rows += [_until(row, end) for row in written.tolist()]
-    return rows
 
 
 def split(
@@ -154,11 +125,6 @@ def train_tuned_lens(
 
 
 # ------------------------------------------------------------------------------------- internals
-def _until(row: list[int], end: int | None) -> tuple[int, ...]:
-    """The row to its first end token, which is kept; one that it begins with is not its end."""
-    return tuple(row[: row.index(end, 1) + 1] if end in row[1:] else row)
-
-
 def _batch(rows: Rows, step: int, recipe: LensRecipe) -> Rows:
     """The rows of a step, from nothing but its number: a resumed run takes the same ones."""
     size = min(recipe.rows, len(rows))
