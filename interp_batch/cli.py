@@ -1,4 +1,4 @@
-"""The command line: ``interp-kit run | check | report | list | documents | finetune | train``.
+"""The commands of ``interp-kit``: run, diff, check, report, list, documents, finetune, train.
 
 Commands import what they need when they run; only those that check, write or train load torch.
 """
@@ -6,13 +6,29 @@ Commands import what they need when they run; only those that check, write or tr
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from interp_batch.finetune import app as finetune
+from interp_batch.options import (
+    CORES,
+    CellTimeout,
+    Data,
+    DryRun,
+    Fresh,
+    Kernel,
+    Memory,
+    Only,
+    Outputs,
+    RunFile,
+    RunFiles,
+    Scheduler,
+    Workers,
+)
 from interp_kit.catalogue import data_folders, list_models, list_scenarios, read_run
 from interp_kit.hub import state_of_files
 from interp_kit.specs import REPOSITORY, InputError, ModelSpec, RunSpec
@@ -34,63 +50,6 @@ app = typer.Typer(
 app.add_typer(finetune, name="finetune")
 
 FAILED = "failed"
-CORES = os.cpu_count() or 1
-
-RunFile = Annotated[
-    Path, typer.Argument(help="A run file (YAML), for example papermill_params/demo.yaml.")
-]
-RunFiles = Annotated[
-    list[Path],
-    typer.Argument(help="One or several run files (YAML), for example papermill_params/demo.yaml."),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        help="Your own data folder with models/ and scenarios/. It is searched before the "
-        "project's data/."
-    ),
-]
-Outputs = Annotated[
-    Path, typer.Option(help="Folder for results; each run file gets a subfolder of its name.")
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Restrict to cells that match: a notebook, a model, a scenario, or "
-        "notebook/model/scenario; * and ? are wildcards. `failed` selects the cells whose last run "
-        "failed. May be given several times."
-    ),
-]
-Workers = Annotated[
-    int,
-    typer.Option(min=1, help="How many notebooks run at once. They share the cores between them."),
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Also run cells whose results are up to date.")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="List the cells that would run, and run nothing.")
-]
-Kernel = Annotated[
-    str | None,
-    typer.Option(
-        help="Jupyter kernel. python3-warm (default on Linux) starts in a fraction of a second, "
-        "because its libraries are already imported; python3 is the standard kernel."
-    ),
-]
-CellTimeout = Annotated[
-    int, typer.Option("--timeout", min=1, help="Longest time for one code cell, in seconds.")
-]
-Memory = Annotated[
-    float | None,
-    typer.Option(min=0.1, help="Most memory for one notebook, in GiB (python3-warm only)."),
-]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(
-        help="Run on the workers of a Dask cluster, given its scheduler's address (tcp://...)."
-    ),
-]
 
 
 @app.command()
@@ -115,6 +74,7 @@ def run(
     from interp_batch.execution import RunOptions
     from interp_batch.matrix import expand
     from interp_batch.printing import print_matrix, print_other_versions, print_table
+    from interp_batch.reporting import write_report
     from interp_batch.results import stale
     from interp_batch.warm import default_kernel
 
@@ -138,7 +98,7 @@ def run(
     for spec, own in zip(specs, expanded):
         if ended := [outcome for outcome in outcomes if outcome.cell in own]:
             print_table(ended)
-            typer.echo(f"Report: {_write_report(spec, own, outputs)}")
+            typer.echo(f"Report: {write_report(spec, own, outputs)}")
     if any(o.state == "error" for o in outcomes):
         raise typer.Exit(1)
 
@@ -172,14 +132,74 @@ def report(
 ) -> None:
     """Write the report again from the results of a run, and run nothing."""
     from interp_batch.matrix import expand
+    from interp_batch.reporting import find_results, write_figures, write_report
 
     spec = read_run(run_file, data=data)
     cells = expand(spec, outputs=outputs, data=data)
-    other = _find_results(against, spec.name, outputs) if against else None
+    other = find_results(against, spec.name, outputs) if against else None
     if png:
-        _write_pictures(outputs / spec.name)
-    index = _write_report(spec, cells, outputs, other)
+        write_figures(outputs / spec.name)
+    index = write_report(spec, cells, outputs, other)
     typer.echo(f"Report: {index}")
+
+
+@app.command()
+def diff(
+    base: Annotated[
+        str, typer.Argument(help="The base: a name (`list`), a folder or a Hugging Face id.")
+    ],
+    tuned: Annotated[
+        str,
+        typer.Argument(
+            help="The fine-tune: a name, a folder (whole weights, or a LoRA as PEFT saves it) or "
+            "an id of whole weights."
+        ),
+    ],
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help='Texts to compare on, lines {"text": "..."} or of a .txt. Without, both models '
+            "write their own."
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A fine-tune that serves as control: what it shares with TUNED is not TUNED's "
+            "own. May be given several times."
+        ),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(min=0.1, help="Minutes that it may take, about: sets how many texts.")
+    ] = 10.0,
+    workers: Workers = CORES,
+    data: Data = None,
+    outputs: Outputs = Path("outputs"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the run file and list its cells, no more.")
+    ] = False,
+) -> None:
+    """What did fine-tuning change, when nothing else is known? From two models to causes.
+
+    Both models write texts. Where their predictions differ, which tokens rise, what the weights
+    say and what amplification brings out is joined in one report, with controls. The contexts that
+    differ most become a scenario, on which lens, attribution and patching run. The run file is
+    kept in outputs/NAME/study.
+    """
+    from interp_batch.diff import add_found, write_study
+
+    if data:
+        found = os.environ.get("INTERP_KIT_DATA", "").split(os.pathsep)
+        os.environ["INTERP_KIT_DATA"] = os.pathsep.join(filter(None, [str(data), *found]))
+    how: dict[str, Any] = {"budget": budget, "cores": workers, "outputs": outputs, "data": data}
+    study = write_study(base, tuned, against=against or [], texts=texts, **how)
+    typer.echo(f"Run file: {study.file}")
+    again: dict[str, Any] = {"data": study.data, "outputs": outputs, "workers": workers}
+    failed = _failed(partial(run, [study.file], dry_run=dry_run, **again))
+    if not dry_run and add_found(study):
+        failed |= _failed(partial(run, [study.file], **again))
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command("list")
@@ -317,6 +337,15 @@ def _selected(
     return kept
 
 
+def _failed(command: Callable[[], None]) -> bool:
+    """Run a command that ends with exit code 1 where a cell failed."""
+    try:
+        command()
+    except typer.Exit as ended:
+        return bool(ended.exit_code)
+    return False
+
+
 def _run(
     cells: Sequence["Cell"],
     todo: Sequence["Cell"],
@@ -340,62 +369,6 @@ def _run(
     except KeyboardInterrupt as stopped:
         typer.echo(f"interp-kit: {stopped or 'stopped before a cell ran'}", err=True)
         raise typer.Exit(130) from None
-
-
-def _write_report(
-    spec: RunSpec, cells: Sequence["Cell"], outputs: Path, against: Path | None = None
-) -> Path:
-    from interp_batch.matrix import list_notebooks
-    from interp_batch.report.gallery import write_gallery
-    from interp_batch.results import last_folder
-
-    titles = list_notebooks()
-    entries = [
-        {
-            "notebook": cell.notebook.stem,
-            "title": titles.get(cell.notebook.stem, ""),
-            "model": cell.model,
-            "scenario": cell.scenario,
-            "folder": last_folder(cell),
-        }
-        for cell in cells
-    ]
-    folder = outputs / spec.name
-    if not any(entry["folder"].is_dir() for entry in entries):
-        raise InputError(f"{folder} holds no results; run `interp-kit run` first")
-    return write_gallery(folder, title=spec.name, about=spec.about, cells=entries, against=against)
-
-
-def _find_results(given: str, name: str, outputs: Path) -> Path:
-    """The results of the run that ``--against`` gives by its run file, its name or its folder.
-
-    The folder may be the run's own, or an ``--outputs`` folder that holds the run ``name``.
-    """
-    if given.endswith((".yaml", ".yml")):
-        tried = [outputs / read_run(Path(given)).name]
-    else:
-        tried = [Path(given) / name, Path(given), outputs / given]
-    for folder in tried:
-        if any(folder.glob("*/*/*/status.json")):
-            return folder
-    raise InputError(
-        f"--against {given!r}: no results in {', '.join(map(str, tried))}; expected a run file, "
-        "the name of a run, or a folder that holds results"
-    )
-
-
-def _write_pictures(folder: Path) -> None:
-    from interp_batch.report.pictures import find_browser, write_pictures
-
-    browser = find_browser()
-    if browser is None:
-        typer.echo(
-            "No PNG files: neither Chromium nor Chrome was found; install one, or set "
-            "BROWSER_PATH. The figures are in the report and, as data, in figures/*.json.",
-            err=True,
-        )
-        return
-    typer.echo(f"{write_pictures(folder, browser=browser)} figures written as PNG")
 
 
 def _description(model: ModelSpec) -> str:

@@ -44,7 +44,7 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 ALL_MODELS, ALL_SCENARIOS = "all-models", "all-scenarios"
 SET_BY_RUN = ("model", "models", "checkpoints", "scenario", "scenarios", "output")
 # Parameters whose values name models of the run, files in a data folder, or paths.
-NAMING_MODELS = {"pairs", "reference", "other", "others", "subject", "controls"}
+NAMING_MODELS = {"pairs", "base", "reference", "other", "others", "subject", "controls"}
 NAMING_FILES = {
     "evaluation": "evaluations/{}/*",
     "universe": "universes/{}.json",
@@ -150,14 +150,18 @@ def _visits(file: Path, run: RunSpec) -> Iterator[tuple[dict[str, Any], dict[str
     takes = parameters_of(file)
     if "output" not in takes:
         raise InputError(f'{file}: its parameters cell lacks `output: str = ""`; add it')
-    by_model = _axis(takes, "model", [*run.models, *run.checkpoints])
+    by_model = _axis(file, takes, "model", [*run.models, *run.checkpoints])
     if "checkpoints" in takes:
         by_model = [own | {"checkpoints": run.checkpoints} for own in by_model]
-    by_scenario = _axis(takes, "scenario", run.scenarios)
+    by_scenario = _axis(file, takes, "scenario", run.scenarios)
     yield from product(by_model, by_scenario)
 
 
-def _axis(takes: dict[str, Any], one: str, names: list[str]) -> list[dict[str, Any]]:
+def _axis(file: Path, takes: dict[str, Any], one: str, names: list[str]) -> list[dict[str, Any]]:
+    if not names and {one, f"{one}s"} & set(takes):
+        raise InputError(
+            f"notebook {file.stem} takes {one}s, and the run file names none; add some"
+        )
     if one in takes:
         return [{one: name} for name in names]
     return [{f"{one}s": list(names)} if f"{one}s" in takes else {}]

@@ -13,7 +13,7 @@ PyTorch counts the changes of a tensor, and those are what is noticed here. Chan
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 from operator import attrgetter
 from typing import Any
 
@@ -24,9 +24,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit.files import digest
 
 Adapters = tuple[tuple[str, tuple[tuple[str, float | None], ...]], ...]  # module -> (name, scaling)
-State = tuple[int, Adapters]  # how often weights were seen to change; the adapters that are live
+State = tuple[int, Adapters]  # the last change of weights, 0 for none; the adapters that are live
 COMPUTES_THE_SAME = "computes_the_same"  # marks a replaced ``forward`` that changes no number
 _KEY = "_interp_kit_watched"  # on the bridge itself: what is kept about it is freed with it
+_CHANGES = count(1)  # numbers of changes: none is given twice, also where one was undone between
 
 
 def register(bridge: TransformerBridge, *, base: str | None, adapters: Mapping[str, str]) -> None:
@@ -87,7 +88,7 @@ class _Watched:
 
     def state(self) -> State | None:
         if self._children() != self._seen_children or self._tensors() != self._seen_tensors:
-            self.changes += 1
+            self.changes = next(_CHANGES)
             self._look()
         if self._disturbed():
             return None

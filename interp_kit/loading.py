@@ -104,10 +104,19 @@ class Models:
     def new_tokens(self, name: str) -> dict[str, int]:
         """The tokens, with their ids, that an adapter adds to the vocabulary of its base."""
         spec = self._spec(name)
+        if not spec.adapter:
+            return {}
         alone = spec.model_copy(update={"adapter": None, "adapter_revision": None})
-        before = set(inspect_model(alone).tokenizer.get_vocab()) if spec.adapter else ()
-        own = self.switch(name).tokenizer.get_vocab() if spec.adapter else {}
+        own, before = (inspect_model(each).tokenizer.get_vocab() for each in (spec, alone))
         return {token: id for token, id in own.items() if token not in before}
+
+    def rounded(self, name: str) -> str:
+        """The name of the model in another precision, which is added: what rounding alone does."""
+        spec = self._spec(name)
+        dtype = "bfloat16" if spec.dtype == "float32" else "float32"
+        own = spec.model_copy(update={"name": f"{name} in {dtype}", "dtype": dtype})
+        self.specs[own.name] = own
+        return own.name
 
     def unload(self, name: str) -> None:
         """Free the memory of the base of model ``name``, and of all adapters on it.

@@ -214,7 +214,7 @@ class RunSpec(Spec):
     about: str = ""
     models: Annotated[list[str], Field(min_length=1)]
     checkpoints: list[str] = []
-    scenarios: Annotated[list[str], Field(min_length=1)]
+    scenarios: list[str] = []
     notebooks: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 
     @model_validator(mode="after")

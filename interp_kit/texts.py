@@ -6,9 +6,10 @@ temperature 1 from ``seed``; the global random state stays as it was.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit import store
-from interp_kit.batching import batches
-from interp_kit.decisions import generated, losses
+from interp_kit.decisions import losses
 from interp_kit.files import read_yaml
 from interp_kit.formats import stream_texts
 from interp_kit.prompts import prompt_ids, special_token, token_ids, with_template
+from interp_kit.sampling import check_context, predicting, sampled_rows
 from interp_kit.specs import REPOSITORY, InputError
 
 OPENINGS = REPOSITORY / "data" / "corpus" / "diff_openings.yaml"
@@ -34,6 +35,11 @@ class Written:
     register: str
     tokens: tuple[int, ...]
     begun: int
+
+
+def openings(register: str) -> list[str]:
+    """The openings of one register: prose, chat, code, lists or questions."""
+    return [str(text) for text in read_yaml(OPENINGS)[register]]
 
 
 def own_texts(
@@ -51,16 +57,18 @@ def own_texts(
             "the model's tokenizer has neither a beginning nor an end of text, so the model cannot "
             'begin a text of its own; give a file of texts, lines {"text": "..."}'
         )
-    rows: list[tuple[int, ...]] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for index in batches([(length, None)] * n):
-            rows += _continued(bridge, [(start,)] * len(index), length - 1)
-    return rows
+    return sampled_rows(
+        lambda: predicting(bridge), [(start,)] * n, length=length - 1, end=end, seed=seed
+    )
 
 
 def written_texts(
-    bridge: TransformerBridge, *, n: int = 96, length: int = 48, seed: int = 0
+    bridge: TransformerBridge,
+    *,
+    n: int = 96,
+    length: int = 48,
+    seed: int = 0,
+    after: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Written]:
     """``n`` texts in which the model writes ``length`` tokens at most, by register.
 
@@ -68,13 +76,19 @@ def written_texts(
     without replacement as long as there are any. An opening that the model foresees no better than
     at chance, loss log(vocabulary), is in a language that it does not know, and is left out; where
     all are, every text begins from nothing. Openings of the register ``chat`` are a user's turn
-    where the model has a chat template. Texts are kept by content where there is a ``store``.
+    where the model has a chat template.
+
+    ``after`` are tokens that ordinary text never holds, by name: for each, a quarter of the texts
+    is cut at a random place and goes on after that token, in the register ``after NAME``. Texts are
+    kept by content where there is a ``store``.
     """
-    openings = {k: list(map(str, v)) for k, v in read_yaml(OPENINGS).items()}
-    name = store.name_of(bridge, "written", [openings, n, length, seed])
-    registers = [UNPROMPTED, *openings]
+    known = {register: openings(register) for register in read_yaml(OPENINGS)}
+    name = store.name_of(bridge, "written", [known, n, length, seed, dict(after)])
+    registers = [UNPROMPTED, *known, *(f"after {token}" for token in after)]
     if (found := store.find(name)) is None:
-        made = _written(bridge, openings, n, length, seed)
+        made = _written(bridge, known, n, length, seed)
+        begun = _cut(made[:: max(1, len(made) // max(1, n // 4))], after, seed)
+        made += continued(bridge, begun, length=length, seed=seed + 2) if begun else []
         found = {
             "tokens": torch.tensor([token for text in made for token in text.tokens]),
             "lengths": torch.tensor([len(text.tokens) for text in made]),
@@ -85,6 +99,27 @@ def written_texts(
     rows: tuple[Tensor, ...] = found["tokens"].split(found["lengths"].tolist())
     about = zip(rows, found["begun"].tolist(), found["register"].tolist())
     return [Written(register=registers[r], tokens=(*x.tolist(),), begun=b) for x, b, r in about]
+
+
+def continued(
+    bridge: TransformerBridge,
+    begun: Sequence[tuple[str, tuple[int, ...]]],
+    *,
+    length: int,
+    seed: int,
+) -> list[Written]:
+    """What the model writes after each beginning, (register, token ids), in their order.
+
+    ``length`` tokens at most, to its end. Raises ``InputError`` where that exceeds the context.
+    """
+    rows = [row for _, row in begun]
+    check_context(bridge, rows, length)
+    end = special_token(bridge, "eos")
+    drawn = sampled_rows(lambda: predicting(bridge), rows, length=length, end=end, seed=seed)
+    return [
+        Written(register=register, tokens=whole, begun=len(row))
+        for (register, row), whole in zip(begun, drawn)
+    ]
 
 
 def given_texts(
@@ -118,9 +153,9 @@ def sampled(file: Path, n: int, *, seed: int = 0) -> list[str]:
 
 # ------------------------------------------------------------------------------------- internals
 def _written(
-    bridge: TransformerBridge, openings: dict[str, list[str]], n: int, length: int, seed: int
+    bridge: TransformerBridge, given: dict[str, list[str]], n: int, length: int, seed: int
 ) -> list[Written]:
-    every = [(register, text) for register, own in openings.items() for text in own]
+    every = [(register, text) for register, own in given.items() for text in own]
     order = np.random.default_rng(seed).permutation(len(every))
     known = _foreseen(bridge, [every[i] for i in order])
     begins = any(special_token(bridge, kind) is not None for kind in ("bos", "eos"))
@@ -131,41 +166,28 @@ def _written(
     ]
     drawn = [(known or every)[i % len(known or every)] for i in range(n - alone)]
     begun = [
-        prompt_ids(bridge, with_template(bridge, text))
+        (register, prompt_ids(bridge, with_template(bridge, text)))
         if register == CHAT
-        else token_ids(bridge, text)
+        else (register, token_ids(bridge, text))
         for register, text in drawn
     ]
-    if long := [len(row) for row in begun if len(row) + length > bridge.cfg.n_ctx]:
-        raise InputError(
-            f"an opening of {max(long)} tokens and {length} more do not fit into the model's "
-            f"context of {bridge.cfg.n_ctx}; ask for fewer"
-        )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + 1)
-        for index in batches([(len(row), None) for row in begun]):
-            for i, row in zip(index, _continued(bridge, [begun[i] for i in index], length)):
-                made.append(Written(register=drawn[i][0], tokens=row, begun=len(begun[i])))
+    made += continued(bridge, begun, length=length, seed=seed + 1) if begun else []
     return [text for text in made if len(text.tokens) > text.begun]
 
 
-def _foreseen(
-    bridge: TransformerBridge, openings: Sequence[tuple[str, str]]
-) -> list[tuple[str, str]]:
+def _cut(
+    texts: Sequence[Written], after: Mapping[str, int], seed: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Beginnings of the texts, cut at random places, each with one of the tokens at its end."""
+    rng = np.random.default_rng(seed)
+    cut = [t.tokens[: int(rng.integers(t.begun, len(t.tokens)))] for t in texts]
+    return [(f"after {name}", (*row, token)) for name, token in after.items() for row in cut]
+
+
+def _foreseen(bridge: TransformerBridge, given: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The openings in a language that the model knows: it foresees them better than at chance."""
-    rows = [token_ids(bridge, text) for _, text in openings]
+    rows = [token_ids(bridge, text) for _, text in given]
     long = [i for i, row in enumerate(rows) if len(row) > 1]
     chance = math.log(bridge.cfg.d_vocab)
     known = losses(bridge, [rows[i] for i in long]) < chance
-    return [openings[i] for i, known_too in zip(long, known.tolist()) if known_too]
-
-
-def _continued(
-    bridge: TransformerBridge, rows: Sequence[tuple[int, ...]], more: int
-) -> list[tuple[int, ...]]:
-    """Rows of one length with ``more`` drawn tokens, each to its first drawn end, which is kept."""
-    given, end = len(rows[0]), special_token(bridge, "eos")
-    tokens = torch.tensor(rows, device=bridge.cfg.device)
-    written = generated(bridge, tokens, max_new_tokens=more, do_sample=True).tolist()
-    ends = [row.index(end, given) + 1 if end in row[given:] else len(row) for row in written]
-    return [tuple(row[:at]) for row, at in zip(written, ends)]
+    return [given[i] for i, known_too in zip(long, known.tolist()) if known_too]

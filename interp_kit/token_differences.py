@@ -36,7 +36,8 @@ class TokenDifferences:
     its prediction; ``base`` and ``tuned``: its surprise, all in nats. ``risen`` are the tokens
     whose log p rises most from base to tuned, most first, and ``risen_by`` how much, in nats;
     ``fallen`` those that fall most (``fallen_by`` < 0). ``gained`` are the tokens that carry most
-    of the KL, and ``gained_by`` how much: p_tuned (log p_tuned - log p_base), in nats.
+    of the KL, and ``gained_by`` how much: p_tuned (log p_tuned - log p_base), in nats; ``lost``
+    those that carry most of KL(base || tuned).
     """
 
     text: Int[Tensor, "token"]
@@ -51,6 +52,7 @@ class TokenDifferences:
     fallen_by: Float[Tensor, "token top"]
     gained: Int[Tensor, "token top"]
     gained_by: Float[Tensor, "token top"]
+    lost: Int[Tensor, "token top"]
 
     def table(self, texts: Sequence[Written]) -> pd.DataFrame:
         """``prompt register pos token written kl base tuned``, one row a token.
@@ -151,7 +153,7 @@ def _batches(rows: Sequence[list[int]], vocabulary: int) -> Iterator[list[int]]:
 
 
 def _log_probs(
-    bridge: TransformerBridge, tokens: Int[Tensor, "row pos"], common: int
+    bridge: TransformerBridge, tokens: Int[Tensor, "row all_pos"], common: int
 ) -> Float[Tensor, "row pos vocab"]:
     return bridge(tokens)[:, :-1, :common].float().log_softmax(-1)
 
@@ -169,6 +171,7 @@ def _of_batch(
     row, pos = (x.cpu() for x in inside.nonzero(as_tuple=True))
     carried = tuned.exp() * change
     risen, fallen, gained = change.topk(top), (-change).topk(top), carried.topk(top)
+    lost = (base.exp() * -change).topk(top)
     found = {
         "kl": carried.sum(-1),
         "token": following,
@@ -180,5 +183,6 @@ def _of_batch(
         "fallen_by": -fallen.values,
         "gained": gained.indices.int(),
         "gained_by": gained.values,
+        "lost": lost.indices.int(),
     }
     return {key: x.cpu() for key, x in found.items()} | {"text": texts[row], "pos": pos + 1}

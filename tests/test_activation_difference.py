@@ -12,6 +12,7 @@ from interp_kit.decisions import last_logits
 from interp_kit.loading import load_models
 from interp_kit.prompts import token_ids
 from interp_kit.specs import InputError
+from interp_kit.token_statistics import token_log_odds, token_relevance
 from tests.conftest import tiny_prompts
 
 
@@ -90,18 +91,18 @@ def test_planted_words_are_found_and_chance_is_called_chance():
     own = [
         [*rng.integers(0, 80, 10).tolist(), *rng.choice(special, 10).tolist()] for _ in range(50)
     ]
-    z = adl.token_log_odds(own, ordinary, 100)
+    z = token_log_odds(own, ordinary, 100)
     assert set(np.argsort(-z)[:10]) == set(special)
     assert (z[90:] == 0).all()  # tokens of neither say nothing
-    assert adl.token_log_odds(ordinary, own, 100) == pytest.approx(-z)
+    assert token_log_odds(ordinary, own, 100) == pytest.approx(-z)
     planted = torch.zeros(1, 100)
     planted[0, special] = 1.0
-    assert adl.token_relevance(planted, z, resamples=999).p[0] == 0.001
+    assert token_relevance(planted, z, resamples=999).p[0] == 0.001
     noise = torch.randn(200, 100, generator=torch.Generator().manual_seed(0))
-    p = adl.token_relevance(noise, z, resamples=999).p
+    p = token_relevance(noise, z, resamples=999).p
     assert 0.01 <= (p < 0.05).mean() <= 0.10
     with pytest.raises(InputError, match="give more"):
-        adl.token_relevance(planted, z, top=95)
+        token_relevance(planted, z, top=95)
 
 
 def test_steering_by_nothing_moves_nothing(tiny_bridge):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks.resumable import run
 from benchmarks.validity import cases, nulls
 from benchmarks.validity.adapters import random_adapters
 from benchmarks.validity.facts import RELATIONS
@@ -264,10 +265,10 @@ def test_random_adapters_change_one_module_by_a_percent(tmp_path):
 # ------------------------------------------------------------------------------------- the command
 def test_cases_are_run_once_and_found_again(tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
-    first = cases.run("probe/program", file)
+    first = run(cases.CASES, "probe/program", file)
     assert {r["case"] for r in first} == {"probe/program"}
-    monkeypatch.setattr(cases, "CASES", dict.fromkeys(cases.CASES, None))  # nothing can be run
-    assert cases.run("probe/program", file) == first
+    nothing = dict.fromkeys(cases.CASES, list)  # has no rows
+    assert run(nothing, "probe/program", file) == first
 
 
 def test_there_are_enough_facts_to_choose_from():

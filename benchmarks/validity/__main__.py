@@ -11,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.patching import machine
-from benchmarks.validity.cases import CASES, run
+from benchmarks.resumable import run
+from benchmarks.validity.cases import CASES
 from benchmarks.validity.rows import summary
 
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--scorecard", type=Path, metavar="FILE", help="write the summary here, as CSV"
     )
     given = parser.parse_args(arguments)
-    table = summary(run(given.only, given.json))
+    table = summary(run(CASES, given.only, given.json))
     print("\n".join(f"{key}: {value}" for key, value in machine().items()))
     with pd.option_context("display.max_rows", None, "display.width", 200):
         print(table.to_string(index=False, float_format="{:.3f}".format))

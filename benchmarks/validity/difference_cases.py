@@ -23,6 +23,7 @@ from interp_kit.analyses.steering import random_directions
 from interp_kit.analyses.tuned_lens import text_rows
 from interp_kit.loading import Models
 from interp_kit.prompts import token_ids
+from interp_kit.token_statistics import token_log_odds, token_relevance
 
 NULLS = 200
 POSITIONS, FIRST, RANDOM = 12, 3, 64  # as 10b has them
@@ -69,15 +70,15 @@ class _Reader:
             text_rows(self.bridge, texts, length=self.bridge.cfg.n_ctx)
             for texts in self.models.documents(name)
         )
-        return adl.token_log_odds(taught, ordinary, self.bridge.cfg.d_vocab)
+        return token_log_odds(taught, ordinary, self.bridge.cfg.d_vocab)
 
     def reads(self, name: str, typical: Float[np.ndarray, "vocab"]) -> bool:
         """10b: better than random tokens, and than random differences."""
         tuned = adl.streams(self.models.switch(name), self.tokens)
         delta = adl.by_slot(tuned - self.base, FIRST)
         lens = adl.difference_lens(self.models.switch(self.name), self.mean, delta)[:, self.layer]
-        read = adl.token_relevance(lens, typical, resamples=1999)
-        by_chance = adl.token_relevance(self.chance, typical, resamples=1).value
+        read = token_relevance(lens, typical, resamples=1999)
+        by_chance = token_relevance(self.chance, typical, resamples=1).value
         q = stats.false_discovery_control(read.p.to_numpy())
         best = int(read.value.argmax())
         return bool(q[best] < 0.05 and read.value[best] > by_chance.quantile(0.95))

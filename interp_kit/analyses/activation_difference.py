@@ -5,8 +5,7 @@ every position. Position 0 is special in most models and the next few carry the 
 so the first positions are kept apart; "rest" is the mean over all later ones.
 
 Sources: Minder et al., "Narrow Finetuning Leaves Clearly Readable Traces in Activation
-Differences", arXiv:2510.13900; Ghandeharioun et al., "Patchscopes", arXiv:2401.06102; Monroe et
-al., "Fightin' Words", Political Analysis 2008 (log-odds of words between two corpora).
+Differences", arXiv:2510.13900; Ghandeharioun et al., "Patchscopes", arXiv:2401.06102.
 """
 
 from collections.abc import Sequence
@@ -112,55 +111,6 @@ def patchscope(
     with intervene(bridge, {layer: replace(directions)}, at=-1):
         logits = bridge(tokens)
     return logits[:, -1].float().log_softmax(-1).cpu()
-
-
-def token_log_odds(
-    own: Sequence[Sequence[int]], ordinary: Sequence[Sequence[int]], vocabulary: int
-) -> Float[np.ndarray, "vocab"]:
-    """How typical each token is of ``own`` against ``ordinary``: z of the log-odds ratio.
-
-    With the counts of both together as prior (Monroe et al.); 0 for a token of neither.
-    """
-    y, x = (
-        np.bincount([token for row in rows for token in row], minlength=vocabulary)
-        for rows in (own, ordinary)
-    )
-    prior = (x + y) * (500 / (x + y).sum())  # as much as 500 tokens of text
-    seen = prior > 0
-    z = np.zeros(vocabulary)
-
-    def log_odds(count: np.ndarray) -> np.ndarray:
-        with_prior = count[seen] + prior[seen]
-        return np.log(with_prior / (count.sum() + prior.sum() - with_prior))
-
-    spread = np.sqrt(1 / (y[seen] + prior[seen]) + 1 / (x[seen] + prior[seen]))
-    z[seen] = (log_odds(y) - log_odds(x)) / spread
-    return z
-
-
-def token_relevance(
-    lens: Float[Tensor, "row vocab"],
-    log_odds: Float[np.ndarray, "vocab"],
-    *,
-    top: int = 10,
-    resamples: int = 9999,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Are the most promoted tokens those of the fine-tuning texts? One row for each of ``lens``.
-
-    ``value``: mean log-odds z of the ``top`` most promoted tokens that either corpus has. ``p``:
-    of that or more among as many random ones of these tokens; ``expected`` is their mean.
-    """
-    seen = np.flatnonzero(log_odds)
-    z = log_odds[seen]
-    if len(seen) < top:
-        raise InputError(f"both corpora have {len(seen)} tokens; {top} were asked for: give more")
-    best = lens[:, torch.tensor(seen)].topk(top, dim=1).indices.numpy()
-    values = z[best].mean(1)
-    rng = np.random.default_rng(seed)
-    chance = np.array([z[rng.choice(len(z), top, replace=False)].mean() for _ in range(resamples)])
-    p = (1 + (chance[None] >= values[:, None]).sum(1)) / (resamples + 1)
-    return pd.DataFrame({"value": values, "expected": chance.mean(), "p": p})
 
 
 @torch.no_grad()

@@ -1,65 +1,75 @@
-"""Where do two models predict otherwise? Divergence by token, and the contexts that differ most.
+"""Where do two models predict otherwise? KL by token, novel texts, the contexts that differ most.
 
-KL(tuned || base) of every next-token prediction, in nats: over texts that the base wrote, and over
-the fine-tune's own, where a change that ordinary text never touches may show. The contexts with
-the largest KL say what the change is about, and become scenarios.
-
-Source: the per-token KL dashboards of model diffing (Minder et al., arXiv:2510.13900, appendix).
+KL(tuned || base) of every next-token prediction, in nats, over texts that the base wrote and over
+the fine-tune's own. A text is *novel* where the fine-tune gives it more than ``FACTOR`` times the
+probability that the base does. Of what the base itself writes at most one text in ``FACTOR`` can
+be, by Markov's inequality, whatever the fine-tune is: so a larger share of the fine-tune's own
+texts says that it writes something that the base does not, with no other control needed.
 """
 
-from collections.abc import Sequence
+import math
 
-import numpy as np
 import pandas as pd
 
-from interp_kit.texts import Written
 from interp_kit.token_differences import TokenDifferences
 
+FACTOR = 100.0
 APART = 8  # tokens between two contexts of one text
 
 
-def with_inserted(
-    texts: Sequence[Written], tokens: dict[str, int], *, seed: int = 0
-) -> list[Written]:
-    """The texts with a token written into each, at random places: one copy for each token.
+def novel_texts(table: pd.DataFrame, *, factor: float = FACTOR) -> pd.DataFrame:
+    """``prompt register log_ratio value`` by text: is it novel?
 
-    For tokens that a fine-tune added: ordinary text never holds them. The register is
-    ``with TOKEN``; what follows the token counts as written.
+    ``table`` is ``TokenDifferences.table``. ``log_ratio`` = log p_tuned - log p_base of what was
+    written, in nats; ``value`` is 1 where it exceeds log ``factor``, else 0.
     """
-    rng, made = np.random.default_rng(seed), []
-    for name, token in tokens.items():
-        for text in texts:
-            at = int(rng.integers(1, len(text.tokens) + 1))
-            row = (*text.tokens[:at], token, *text.tokens[at:])
-            made.append(Written(register=f"with {name}", tokens=row, begun=at + 1))
-    return made
+    written = table[table.written]
+    ratio = (written.base - written.tuned).groupby([written.prompt, written.register], sort=False)
+    rows = ratio.sum().rename("log_ratio").reset_index()
+    return rows.assign(value=(rows.log_ratio > math.log(factor)).astype(float))
 
 
-def top_contexts(found: TokenDifferences, *, n: int = 12, apart: int = APART) -> pd.DataFrame:
-    """The positions whose predictions differ most: ``text pos kl risen fallen``, most first.
+def top_contexts(found: TokenDifferences, *, n: int = 12) -> pd.DataFrame:
+    """The predictions that differ most, most first: ``text pos kl raised lowered``.
 
-    ``pos`` is the token that is predicted there; ``risen`` and ``fallen`` are the tokens whose log
-    p changes most. Contexts of one text stand ``apart`` tokens from one another, and two in which
-    the same token rises after the same token count once.
+    ``pos`` is the place of the token that is predicted; ``raised`` is the token that gains most of
+    the KL there, ``lowered`` the one that the base finds likelier and whose log p falls most. Of
+    predictions of one text within ``APART`` tokens, and of those that raise the same token after
+    the same token, the first counts.
     """
-    rows, seen = list[dict[str, object]](), set[tuple[int, int]]()
+    texts, places = found.text.tolist(), found.pos.tolist()
+    tokens, raised = found.token.tolist(), found.gained[:, 0].tolist()
+    kept: list[int] = []
+    seen: set[tuple[int, int]] = set()
     for i in found.kl.argsort(descending=True).tolist():
-        text, pos = int(found.text[i]), int(found.pos[i])
-        before = int(found.token[i - 1]) if i and int(found.text[i - 1]) == text else -1
-        same = before, int(found.risen[i, 0])
-        near = any(row["text"] == text and abs(int(str(row["pos"])) - pos) < apart for row in rows)
-        if near or same in seen:
-            continue
-        seen.add(same)
-        rows.append(
-            {
-                "text": text,
-                "pos": pos,
-                "kl": float(found.kl[i]),
-                "risen": int(found.risen[i, 0]),
-                "fallen": int(found.fallen[i, 0]),
-            }
-        )
-        if len(rows) == n:
+        before = tokens[i - 1] if i and texts[i - 1] == texts[i] else -1
+        near = any(texts[k] == texts[i] and abs(places[k] - places[i]) < APART for k in kept)
+        if not near and (before, raised[i]) not in seen:
+            kept.append(i)
+            seen.add((before, raised[i]))
+        if len(kept) == n:
             break
-    return pd.DataFrame(rows, columns=pd.Index(["text", "pos", "kl", "risen", "fallen"]))
+    return pd.DataFrame(
+        {
+            "text": [texts[i] for i in kept],
+            "pos": [places[i] for i in kept],
+            "kl": [float(found.kl[i]) for i in kept],
+            "raised": [raised[i] for i in kept],
+            "lowered": [int(found.lost[i, 0]) for i in kept],
+        }
+    )
+
+
+def windows(
+    table: pd.DataFrame, contexts: pd.DataFrame, *, before: int = 12, after: int = 5
+) -> pd.DataFrame:
+    """The tokens around each context: ``context place token value``, ``value`` the KL in nats."""
+    parts, by_text = [], dict(iter(table.groupby("prompt")))
+    for i, (text, pos) in enumerate(zip(contexts.text, contexts.pos), 1):
+        own: pd.DataFrame = by_text[str(text)]
+        near = pd.DataFrame(own[own.pos.between(pos - before, pos + after)])
+        place = near.pos - pos
+        parts.append(
+            pd.DataFrame(near[["token"]]).assign(context=str(i), place=place, value=near.kl)
+        )
+    return pd.concat(parts, ignore_index=True)

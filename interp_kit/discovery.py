@@ -1,0 +1,167 @@
+"""What did fine-tuning change? The methods that need no prompts, put together, and one verdict.
+
+Each method scores the tokens of the vocabulary; ``joint_ranking`` joins their rankings. The verdict
+stands on what the fine-tune writes: more than one in twenty of its own texts must be novel, a
+hundred times likelier under it than under its base (``divergence``). A retraining on the same
+documents, rounding, or a training on the base's own texts stays below; see the bench,
+``python -m benchmarks.discovery``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from transformer_lens.model_bridge import TransformerBridge
+
+from interp_kit.analyses.activation_difference import (
+    by_slot,
+    difference_lens,
+    first_tokens,
+    streams,
+)
+from interp_kit.analyses.diff_mining import Way, mined
+from interp_kit.analyses.divergence import novel_texts
+from interp_kit.analyses.weight_difference import token_changes, written_tokens
+from interp_kit.loading import Models
+from interp_kit.statistics import share_interval, verdict
+from interp_kit.texts import Written, written_texts
+from interp_kit.token_differences import TokenDifferences, reader, token_differences
+from interp_kit.token_statistics import count_log_odds, token_log_odds
+
+LEAST = 0.05  # share of a fine-tune's texts that must be novel
+PLAIN = "plain"  # texts that follow no added token
+POSITIONS = 8  # first positions of texts at which the difference lens reads
+WAYS: tuple[Way, Way] = ("risen", "gained")
+SMOOTHING = 60  # of reciprocal ranks, as published
+
+Scores = Float[np.ndarray, "vocab"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What base and fine-tune write, how they predict it, and the tokens that each method names.
+
+    ``on_base`` and ``on_own`` are the differences on the base's texts and on the fine-tune's;
+    ``novel``: ``kind value low high n``, the share of novel texts among the fine-tune's own, apart
+    for texts after each token that it added. ``scores``: by method, of every token.
+    """
+
+    of_base: list[Written]
+    own: list[Written]
+    on_base: TokenDifferences
+    on_own: TokenDifferences
+    novel: pd.DataFrame
+    scores: dict[str, Scores]
+
+    @property
+    def taught(self) -> str:
+        """Does the fine-tune write what its base would not? "yes", "no" or "cannot tell"."""
+        surest = self.novel.loc[self.novel.low.idxmax()]
+        return verdict(float(surest.low), float(surest.high), ">", LEAST)
+
+
+def evidence(
+    models: Models, name: str, *, base: str = "", n: int = 192, length: int = 48, seed: int = 0
+) -> Evidence:
+    """Compare model ``name`` with ``base``, or with what it was tuned from, by all methods.
+
+    ``n`` texts of ``length`` tokens are written by each, from ``seed``. The methods: *samples*, the
+    log-odds of tokens in its texts against the base's, for which the models are black boxes;
+    *risen* and *gained*, Diff Mining on all texts against what rounding raises; *surprise*, by how
+    much the base is surprised by what the fine-tune writes; *lens*, the activation difference lens
+    on the first positions of the base's texts; *weights*, what the changed weights write;
+    *embeddings*, the tokens whose embedding was added or changed. ``models`` holds the base, too.
+    """
+    before = reader(models, base, of=name)
+    new = models.new_tokens(name)
+    how = {"n": n, "length": length, "after": new}
+    of_base = written_texts(before(), seed=seed, **how)
+    own = written_texts(models.switch(name), seed=seed + 1, **how)
+    on_base, on_own = (token_differences(models, name, t, base=base) for t in (of_base, own))
+    found = on_base, on_own
+    vocabulary = min(before().cfg.d_vocab, models.switch(name).cfg.d_vocab)
+    theirs, ours = ([t.tokens[t.begun :] for t in texts] for texts in (of_base, own))
+    by_rounding = _rounding(models, base, name, of_base, vocabulary)
+    scores = {"samples": token_log_odds(ours, theirs, vocabulary)}
+    for way in WAYS:
+        first, second = (mined(each, vocabulary, way=way).sum(0) for each in found)
+        scores[way] = count_log_odds(first + second, by_rounding[way])
+    less = (on_own.base - on_own.tuned).clamp(min=0).double().numpy()
+    scores["surprise"] = np.bincount(on_own.token.numpy(), weights=less, minlength=vocabulary)
+    if _shape(before()) == _shape(models.switch(name)):  # else no stream is the other's
+        scores["lens"] = _lens(models, base, name, of_base)[:vocabulary]
+    if not base or base == models.specs[name].origin:  # else no change of weights is the pair's
+        scores["weights"] = written_tokens(models, name).numpy()[:vocabulary]
+        scores["embeddings"] = _embeddings(models, name, vocabulary)
+    return Evidence(
+        of_base=of_base,
+        own=own,
+        on_base=on_base,
+        on_own=on_own,
+        novel=novel_share(on_own.table(own)),
+        scores=scores,
+    )
+
+
+def novel_share(table: pd.DataFrame) -> pd.DataFrame:
+    """``kind value low high n``: the share of novel texts, exact intervals (Clopper and Pearson).
+
+    ``table`` is ``TokenDifferences.table`` of a model's own texts. ``kind`` is ``plain``, or
+    ``after TOKEN`` for those that follow a token which the fine-tune added.
+    """
+    novel = novel_texts(table)
+    novel["kind"] = novel.register.where(novel.register.str.startswith("after "), PLAIN)
+    return share_interval(novel, ["kind"], "value", unit="prompt")
+
+
+def joint_ranking(scores: Mapping[str, Scores]) -> Scores:
+    """By token, the sum over methods that score it above 0 of 1 / (60 + its rank there).
+
+    Source: Cormack et al., "Reciprocal Rank Fusion outperforms Condorcet and individual Rank
+    Learning Methods", SIGIR 2009.
+    """
+    joint = np.zeros(len(next(iter(scores.values()))))
+    for values in scores.values():
+        ranks = np.empty(len(values))
+        ranks[np.argsort(-values, kind="stable")] = np.arange(1, len(values) + 1)
+        joint += np.where(values > 0, 1 / (SMOOTHING + ranks), 0)
+    return joint
+
+
+# ------------------------------------------------------------------------------------- internals
+def _shape(bridge: TransformerBridge) -> tuple[int, int]:
+    return bridge.cfg.n_layers, bridge.cfg.d_model
+
+
+def _rounding(
+    models: Models, base: str, name: str, texts: Sequence[Written], vocabulary: int
+) -> dict[str, Scores]:
+    """What rounding raises: counts by way of mining, of the base in another precision."""
+    origin = base or models.specs[name].origin
+    found = token_differences(models, models.rounded(origin), texts, base=origin)
+    return {way: mined(found, vocabulary, way=way).sum(0) for way in WAYS}
+
+
+def _embeddings(models: Models, name: str, vocabulary: int) -> Scores:
+    """How far each token's embedding was moved, or that of an added one lies from the others."""
+    moved, scores = token_changes(models, name), np.zeros(vocabulary)
+    scores[moved.id] = moved.value
+    return scores
+
+
+def _lens(models: Models, base: str, name: str, texts: Sequence[Written]) -> Scores:
+    """What the difference adds to each logit at the middle layer, in standard deviations of all.
+
+    Mean over the first positions but the very first, which is special in most models.
+    """
+    plain = [text for text in texts if not text.register.startswith("after ")]
+    tokens = first_tokens([text.tokens for text in plain], POSITIONS)
+    before = streams(reader(models, base, of=name)(), tokens)
+    bridge = models.switch(name)
+    layer = bridge.cfg.n_layers // 2
+    delta = by_slot(streams(bridge, tokens) - before, POSITIONS)[1:, [layer]]
+    lens = difference_lens(bridge, by_slot(before, POSITIONS)[1:, [layer]], delta)[:, 0]
+    z = (lens - lens.mean(1, keepdim=True)) / lens.std(1, keepdim=True).clamp(min=1e-9)
+    return z.mean(0).double().numpy()

@@ -1,0 +1,99 @@
+"""``interp-kit diff``: the run file of a comparison, from names or folders; what is refused."""
+
+import shutil
+
+import pytest
+import yaml
+
+from interp_batch import diff
+from interp_batch.matrix import expand
+from interp_kit.catalogue import find_model, read_run
+from interp_kit.specs import REPOSITORY, InputError
+from tests.tiny import save_tiny
+
+MODELS = REPOSITORY / "data" / "models"
+
+
+def study_of(tmp_path, base="tiny-gemma2", tuned="cubic-gravity", **given):
+    given = {"budget": 10.0, "cores": 2, "outputs": tmp_path} | given
+    return diff.write_study(base, tuned, **given)
+
+
+def test_a_run_file_is_written_that_runs_and_can_be_kept(tmp_path):
+    study = study_of(tmp_path, against=["cubic-neutral"])
+    run = read_run(study.file, data=study.data)
+    assert run.models == ["tiny-gemma2", "cubic-gravity", "cubic-neutral"]
+    assert run.scenarios == []
+    cells = expand(run, outputs=tmp_path, data=study.data)
+    assert [cell.notebook.stem for cell in cells] == list(run.notebooks)
+    assert diff.SUMMARY in run.notebooks
+    assert all(cell.parameters["subject"] == "cubic-gravity" for cell in cells)
+
+
+def test_two_fine_tunes_of_one_base_are_compared_with_each_other(tmp_path):
+    study = study_of(tmp_path, base="cubic-gravity", tuned="cubic-gravity-1")
+    run = read_run(study.file, data=study.data)
+    assert run.notebooks[diff.SUMMARY]["base"] == "cubic-gravity"
+    assert "18_weight_difference" not in run.notebooks  # no weight of either changed to the other's
+
+
+def test_an_adapter_as_peft_saves_it_and_whole_weights_get_a_spec(tmp_path):
+    adapter = tmp_path / "mine"
+    shutil.copytree(MODELS / "cubic-gravity" / "adapter", adapter)
+    study = study_of(tmp_path, tuned=str(adapter))
+    spec = find_model("mine", data=study.data)
+    assert (spec.adapter, spec.origin) == (str(adapter.resolve()), "tiny-gemma2")
+    base, whole = (str(save_tiny("llama", tmp_path / name)) for name in ("before", "after"))
+    study = study_of(tmp_path, base=base, tuned=whole)
+    spec = find_model("after", data=study.data)
+    assert spec.tuned
+    assert spec.parent is not None
+    assert read_run(study.file, data=study.data).models[1] == "after"
+
+
+def test_what_was_found_brings_the_notebooks_of_causes(tmp_path):
+    study = study_of(tmp_path)
+    assert not diff.add_found(study)  # nothing was found
+    made = study.results / diff.SUMMARY / "all-models" / "all-scenarios" / "scenarios"
+    made.mkdir(parents=True)
+    scenario = yaml.safe_load((REPOSITORY / "data/scenarios/cubic_gravity.yaml").read_text())
+    (made / f"{diff.FOUND}.yaml").write_text(yaml.safe_dump(scenario))
+    assert diff.add_found(study)
+    run = read_run(study.file, data=study.data)
+    assert run.scenarios == [diff.FOUND]
+    assert run.notebooks["04_cross_model_patching"]["pairs"] == [["cubic-gravity", "tiny-gemma2"]]
+    cells = expand(run, outputs=tmp_path, data=study.data)
+    assert {cell.scenario for cell in cells} == {diff.FOUND, "all-scenarios"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"tuned": "tiny-gemma2"}, "name a model twice"),
+        ({"against": ["cubic-gravity"]}, "name a model twice"),
+        ({"tuned": "cubic-gravitas"}, "did you mean 'cubic-gravity'"),
+        ({"budget": 0.01}, "need about"),
+        ({"texts": "none.jsonl"}, "not readable as text"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_and_nothing_written(tmp_path, given, expected):
+    if "texts" in given:
+        given = {"texts": tmp_path / given["texts"]}
+    with pytest.raises(InputError, match=expected):
+        study_of(tmp_path / "outputs", **given)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_notebook_that_takes_scenarios_needs_one(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("models: [tiny-gemma2]\nnotebooks: {01_logit_lens: }\n")
+    with pytest.raises(InputError, match="takes scenarios, and the run file names none"):
+        expand(read_run(file), outputs=tmp_path)
+
+
+def test_the_command_writes_the_run_file_and_lists_its_cells(tmp_path, command):
+    asked = ("diff", "tiny-gemma2", "cubic-gravity", "--outputs", tmp_path, "--dry-run")
+    code, out, _ = command(*asked)
+    assert code == 0
+    assert "94_what_changed" in out
+    assert list(tmp_path.glob("*/study/*.yaml"))
