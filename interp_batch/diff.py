@@ -23,8 +23,8 @@ FOUND = "found_contexts"
 SUMMARY = "94_what_changed"
 LENGTH = 32  # tokens that a text goes on
 FEWEST, MOST = 48, 192  # texts of each model
-# Minutes of one core, measured on SmolLM2 (135 M parameters): of the notebooks however few the
-# texts are, and for each text that a model writes and both predict.
+# Minutes of one core on SmolLM2 (135 M parameters), allowances rather than measurements: of the
+# notebooks however few the texts are, and for each text that a model writes and both predict.
 FIXED, EACH, MEASURED = 4.0, 0.03, 135e6
 
 
