@@ -47,7 +47,7 @@ from interp_kit.specs import InputError
 
 Row = tuple[Sequence[int], slice]  # token ids; the positions at which the next one is predicted
 Gradient = dict[str, Float[Tensor, "..."]]  # by every factor of the LoRA, by its name
-PASS_TOKENS = 512  # of one pass that is kept for its gradient
+PASS_TOKENS = 512  # of one pass, of which much is kept
 
 
 def gradient_scores(
@@ -158,12 +158,11 @@ def probe_scores(
     """
     _check(documents)
     require_prompts(prompts)
-    rows = [list(tokens) for tokens, _ in documents]
     ends = [p.branch for p in prompts]
     before = models.base_of(name)
-    of_base = _means(before, rows), residual_stream(before, ends, 1)[:, :, 0].float().mean(1)
+    of_base = _means(before, documents), residual_stream(before, ends, 1)[:, :, 0].float().mean(1)
     after = models.switch(name)
-    of_tuned = _means(after, rows), residual_stream(after, ends, 1)[:, :, 0].float().mean(1)
+    of_tuned = _means(after, documents), residual_stream(after, ends, 1)[:, :, 0].float().mean(1)
     direction = F.normalize(of_tuned[1] - of_base[1], dim=-1)
     moved = torch.einsum("rld,ld->rl", of_tuned[0] - of_base[0], direction)
     alone = torch.einsum("rld,ld->rl", of_base[0], direction)
@@ -281,7 +280,7 @@ def _mean_log_p(bridge: TransformerBridge, rows: Sequence[Row]) -> Float[Tensor,
 
 
 def _passes(rows: Sequence[Row]) -> Iterator[list[int]]:
-    """Rows of nearly one length, some at a time: what a gradient needs is kept for all of them."""
+    """Rows of nearly one length, some at a time: what every layer computes of them is kept."""
     for batch in padded_batches([ids for ids, _ in rows]):
         size = max(1, PASS_TOKENS // len(rows[batch[-1]][0]))
         yield from (batch[i : i + size] for i in range(0, len(batch), size))
@@ -370,18 +369,18 @@ def _recording(
 
 
 def _means(
-    bridge: TransformerBridge, rows: Sequence[Sequence[int]]
+    bridge: TransformerBridge, documents: Sequence[Row]
 ) -> Float[Tensor, "row layer d_model"]:
-    """The residual stream of each row, meaned over its positions but the first."""
+    """The residual stream of each document, meaned over its positions but the first."""
     means: dict[int, Tensor] = {}
-    for index in padded_batches(rows):
-        own = [rows[i] for i in index]
+    for index in _passes(documents):
+        own = [list(documents[i][0]) for i in index]
         read = max(map(len, own)) - 1
         stream = residual_stream(bridge, own, read).float()
         inside = _at_the_end([len(row) - 1 for row in own], read).to(stream)
         mean = torch.einsum("lrpd,rp->rld", stream, inside / inside.sum(1, keepdim=True))
         means |= dict(zip(index, mean))
-    return torch.stack([means[i] for i in range(len(rows))])
+    return torch.stack([means[i] for i in range(len(documents))])
 
 
 def _at_the_end(lengths: Sequence[int], read: int) -> Bool[Tensor, "row read"]:
