@@ -74,7 +74,6 @@ def run(
     from interp_batch.execution import RunOptions
     from interp_batch.matrix import expand
     from interp_batch.printing import print_matrix, print_other_versions, print_table
-    from interp_batch.reporting import write_report
     from interp_batch.results import stale
     from interp_batch.warm import default_kernel
 
@@ -95,6 +94,8 @@ def run(
     )
     how = {"workers": workers, "options": options, "fresh": fresh, "scheduler": scheduler}
     outcomes = _run(cells, todo, data, **how)
+    from interp_batch.reporting import write_report  # scipy and plotly, which take a while
+
     for spec, own in zip(specs, expanded):
         if ended := [outcome for outcome in outcomes if outcome.cell in own]:
             print_table(ended)
