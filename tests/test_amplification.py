@@ -371,6 +371,28 @@ def test_rates_are_shares_of_texts_with_exact_intervals():
     assert (row.low, row.high, row.n) == (pytest.approx(exact.low), pytest.approx(exact.high), 3)
 
 
+def test_typical_tokens_are_found_again_and_chance_is_not_taken_for_them():
+    rng, biases = np.random.default_rng(0), []
+    common = rng.dirichlet(np.full(200, 0.3))
+
+    def texts(extra=0.0):
+        p = (1 - extra) * common + extra * np.eye(200)[[7, 8, 9]].mean(0)
+        return [tuple(map(int, rng.choice(200, 20, p=p))) for _ in range(40)]
+
+    for _ in range(60):
+        samples = {"own": texts(), "base": texts(), "again": texts()}
+        shares = amp.typical_shares(samples, "own", "base", 200)
+        means = shares.groupby("sample").value.mean()
+        biases.append(means.own - means.again)
+    assert abs(np.mean(biases)) < 3 * np.std(biases) / len(biases) ** 0.5
+    samples = {"own": texts(0.2), "base": texts(), "alike": texts(0.2), "other": texts()}
+    shares = amp.typical_shares(samples, "own", "base", 200)
+    assert shares.groupby("sample").prompt.apply(sorted).map(len).tolist() == [40] * 4
+    means = shares.groupby("sample").value.mean()
+    assert means.own - means.other == pytest.approx(0.2, abs=0.08)
+    assert means.own == pytest.approx(means.alike, abs=0.06)
+
+
 # ----------------------------------------------------------------------------------- read by models
 WRITTEN = [
     Written(register="x", tokens=(2, 17, 301, 44, 290), begun=2),

@@ -194,7 +194,9 @@ def risen_terms(before: Terms, after: Terms, *, rate: float = RATE) -> pd.DataFr
     Benjamini and Hochberg; ``clear``: q <= ``rate``. Terms in so few texts that they could not
     reach p <= ``rate`` are left out: that depends on both together, and spares the others.
     """
-    held = [Counter(term for text in texts for term in {*text}) for texts in (before, after)]
+    held = [
+        Counter(term for text in texts for term in dict.fromkeys(text)) for texts in (before, after)
+    ]
     terms = list(dict.fromkeys([*held[1], *held[0]]))
     counts = np.array([[own[term] for term in terms] for own in held]).reshape(2, -1)
     sizes, total = (len(before), len(after)), counts.sum(0)
