@@ -24,6 +24,7 @@ KeysValues = tuple[Float[Tensor, "row head pos d_head"], Float[Tensor, "row head
 
 PADDED_ROWS = 32  # texts of one padded batch
 MAX_TOKENS = 8192  # tokens in one forward pass: bounds memory, not results
+MAX_LOGITS = 2**25  # logits that are kept of one pass, likewise
 # What calling the modules and hooks of one block costs, in what the device computes meanwhile:
 # measured on one core (positions x layers of 8 blocks: best of 0 to 1e8), and not on the others,
 # which are taken to be so much faster.
@@ -193,6 +194,13 @@ def padded_batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
+
+
+def logit_batches(rows: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[int]]:
+    """``padded_batches`` of which the logits at every position fit: at most ``MAX_LOGITS``."""
+    for index in padded_batches(rows):
+        size = max(1, MAX_LOGITS // (vocabulary * max(len(rows[i]) for i in index)))
+        yield from (index[i : i + size] for i in range(0, len(index), size))
 
 
 def padded(

@@ -23,7 +23,7 @@ from interp_kit.lora import adapted_modules, show_token_rows
 from interp_kit.parts import weights_of
 
 EXACT = 256  # matrices up to so wide are decomposed exactly
-OVERSAMPLED, POWERS = 10, 4  # directions beyond those asked for, and power iterations
+OVERSAMPLED, POWERS = 10, 8  # directions beyond those asked for, and power iterations
 Place = tuple[int, str]  # layer and name of a weight, as in ``interp_kit.parts``
 
 

@@ -3,8 +3,8 @@
 Each method scores the tokens of the vocabulary; ``joint_ranking`` joins their rankings. The verdict
 stands on what the fine-tune writes: more than one in twenty of its own texts must be novel, a
 hundred times likelier under it than under its base (``divergence``). A retraining on the same
-documents, rounding, or a training on the base's own texts stays below; see the bench,
-``python -m benchmarks.discovery``.
+documents, rounding, or a training on the base's own texts should stay below: how often each does is
+counted by ``python -m benchmarks.discovery``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,19 +21,24 @@ from interp_kit.analyses.activation_difference import (
     first_tokens,
     streams,
 )
-from interp_kit.analyses.diff_mining import Way, mined
+from interp_kit.analyses.diff_mining import mean_gain, mined
 from interp_kit.analyses.divergence import novel_texts
-from interp_kit.analyses.weight_difference import token_changes, written_tokens
+from interp_kit.analyses.weight_difference import (
+    Side,
+    singular_changes,
+    token_changes,
+    token_scores,
+)
 from interp_kit.loading import Models
 from interp_kit.statistics import share_interval, verdict
 from interp_kit.texts import Written, written_texts
-from interp_kit.token_differences import TokenDifferences, reader, token_differences
+from interp_kit.token_differences import TokenDifferences, joined, reader, token_differences
 from interp_kit.token_statistics import count_log_odds, token_log_odds
 
 LEAST = 0.05  # share of a fine-tune's texts that must be novel
 PLAIN = "plain"  # texts that follow no added token
 POSITIONS = 8  # first positions of texts at which the difference lens reads
-WAYS: tuple[Way, Way] = ("risen", "gained")
+SIDES: tuple[Side, Side] = ("writes", "reads")
 SMOOTHING = 60  # of reciprocal ranks, as published
 
 Scores = Float[np.ndarray, "vocab"]
@@ -57,9 +62,8 @@ class Evidence:
 
     @property
     def taught(self) -> str:
-        """Does the fine-tune write what its base would not? "yes", "no" or "cannot tell"."""
-        surest = self.novel.loc[self.novel.low.idxmax()]
-        return verdict(float(surest.low), float(surest.high), ">", LEAST)
+        """``writes_novel`` of this pair."""
+        return writes_novel(self.novel)
 
 
 def evidence(
@@ -69,10 +73,12 @@ def evidence(
 
     ``n`` texts of ``length`` tokens are written by each, from ``seed``. The methods: *samples*, the
     log-odds of tokens in its texts against the base's, for which the models are black boxes;
-    *risen* and *gained*, Diff Mining on all texts against what rounding raises; *surprise*, by how
+    *risen*, Diff Mining: the log-odds of tokens among those that rise most, against what rounding
+    raises; *gained*, the KL that each carries, in nats a token, less rounding's; *surprise*, by how
     much the base is surprised by what the fine-tune writes; *lens*, the activation difference lens
-    on the first positions of the base's texts; *weights*, what the changed weights write;
-    *embeddings*, the tokens whose embedding was added or changed. ``models`` holds the base, too.
+    on the first positions of the base's texts; *writes* and *reads*, what the changed weights write
+    and read; *embeddings*, the tokens whose embedding was added or changed. ``models`` holds the
+    base, too.
     """
     before = reader(models, base, of=name)
     new = models.new_tokens(name)
@@ -80,20 +86,26 @@ def evidence(
     of_base = written_texts(before(), seed=seed, **how)
     own = written_texts(models.switch(name), seed=seed + 1, **how)
     on_base, on_own = (token_differences(models, name, t, base=base) for t in (of_base, own))
-    found = on_base, on_own
     vocabulary = min(before().cfg.d_vocab, models.switch(name).cfg.d_vocab)
-    theirs, ours = ([t.tokens[t.begun :] for t in texts] for texts in (of_base, own))
-    by_rounding = _rounding(models, base, name, of_base, vocabulary)
+    theirs, ours = (
+        [[token for token in text.written if token < vocabulary] for text in texts]
+        for texts in (of_base, own)
+    )
+    origin = base or models.specs[name].origin
+    chance = token_differences(models, models.rounded(origin), of_base, base=origin)
+    both = joined(on_base, on_own, n=len(of_base))
     scores = {"samples": token_log_odds(ours, theirs, vocabulary)}
-    for way in WAYS:
-        first, second = (mined(each, vocabulary, way=way).sum(0) for each in found)
-        scores[way] = count_log_odds(first + second, by_rounding[way])
+    scores["risen"] = count_log_odds(*(mined(x, vocabulary).sum(0) for x in (both, chance)))
+    carried, by_chance = (mean_gain(x, vocabulary) for x in (both, chance))
+    scores["gained"] = carried - by_chance
     less = (on_own.base - on_own.tuned).clamp(min=0).double().numpy()
     scores["surprise"] = np.bincount(on_own.token.numpy(), weights=less, minlength=vocabulary)
     if _shape(before()) == _shape(models.switch(name)):  # else no stream is the other's
         scores["lens"] = _lens(models, base, name, of_base)[:vocabulary]
     if not base or base == models.specs[name].origin:  # else no change of weights is the pair's
-        scores["weights"] = written_tokens(models, name).numpy()[:vocabulary]
+        changes, bridge = singular_changes(models, name), models.switch(name)
+        for side in SIDES:
+            scores[side] = token_scores(bridge, changes, side).numpy()[:vocabulary]
         scores["embeddings"] = _embeddings(models, name, vocabulary)
     return Evidence(
         of_base=of_base,
@@ -116,6 +128,15 @@ def novel_share(table: pd.DataFrame) -> pd.DataFrame:
     return share_interval(novel, ["kind"], "value", unit="prompt")
 
 
+def writes_novel(novel: pd.DataFrame) -> str:
+    """Does a fine-tune write what its base would not? "yes", "no" or "cannot tell".
+
+    ``novel`` is its ``novel_share``; of several kinds of text the surest counts.
+    """
+    surest = novel.loc[novel.low.idxmax()]
+    return verdict(float(surest.low), float(surest.high), ">", LEAST)
+
+
 def joint_ranking(scores: Mapping[str, Scores]) -> Scores:
     """By token, the sum over methods that score it above 0 of 1 / (60 + its rank there).
 
@@ -135,18 +156,10 @@ def _shape(bridge: TransformerBridge) -> tuple[int, int]:
     return bridge.cfg.n_layers, bridge.cfg.d_model
 
 
-def _rounding(
-    models: Models, base: str, name: str, texts: Sequence[Written], vocabulary: int
-) -> dict[str, Scores]:
-    """What rounding raises: counts by way of mining, of the base in another precision."""
-    origin = base or models.specs[name].origin
-    found = token_differences(models, models.rounded(origin), texts, base=origin)
-    return {way: mined(found, vocabulary, way=way).sum(0) for way in WAYS}
-
-
 def _embeddings(models: Models, name: str, vocabulary: int) -> Scores:
     """How far each token's embedding was moved, or that of an added one lies from the others."""
     moved, scores = token_changes(models, name), np.zeros(vocabulary)
+    moved = moved[moved.id < vocabulary]
     scores[moved.id] = moved.value
     return scores
 

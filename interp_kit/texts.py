@@ -36,6 +36,11 @@ class Written:
     tokens: tuple[int, ...]
     begun: int
 
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The tokens that the model wrote."""
+        return self.tokens[self.begun :]
+
 
 def openings(register: str) -> list[str]:
     """The openings of one register: prose, chat, code, lists or questions."""
@@ -157,7 +162,7 @@ def _written(
 ) -> list[Written]:
     every = [(register, text) for register, own in given.items() for text in own]
     order = np.random.default_rng(seed).permutation(len(every))
-    known = _foreseen(bridge, [every[i] for i in order])
+    known = _foreseen(bridge, [every[i] for i in order[:n]])
     begins = any(special_token(bridge, kind) is not None for kind in ("bos", "eos"))
     alone = (n if not known else n // 3) if begins else 0
     made = [

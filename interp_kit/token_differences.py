@@ -6,7 +6,7 @@ and the largest changes of log p which tokens the fine-tune raises and lowers th
 of contexts and Diff Mining read the same pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -17,14 +17,13 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from interp_kit import store
-from interp_kit.batching import padded, padded_batches
+from interp_kit.batching import logit_batches, padded
 from interp_kit.files import digest
 from interp_kit.loading import Models
 from interp_kit.specs import InputError
 from interp_kit.texts import Written
 
-AT_ONCE = 2**25  # logits of one batch: bounds memory, not results
-TOP = 20  # changes of log p that are kept of a position, in each direction
+TOP = 20  # tokens that are kept of a position, of each kind
 Read = Callable[[], TransformerBridge]
 
 
@@ -35,9 +34,8 @@ class TokenDifferences:
     ``text`` and ``pos`` say where it stands, ``token`` which it is. ``kl``: KL(tuned || base) of
     its prediction; ``base`` and ``tuned``: its surprise, all in nats. ``risen`` are the tokens
     whose log p rises most from base to tuned, most first, and ``risen_by`` how much, in nats;
-    ``fallen`` those that fall most (``fallen_by`` < 0). ``gained`` are the tokens that carry most
-    of the KL, and ``gained_by`` how much: p_tuned (log p_tuned - log p_base), in nats; ``lost``
-    those that carry most of KL(base || tuned).
+    ``gained`` are the tokens that carry most of the KL, and ``gained_by`` how much: p_tuned
+    (log p_tuned - log p_base), in nats; ``lost`` those that carry most of KL(base || tuned).
     """
 
     text: Int[Tensor, "token"]
@@ -48,8 +46,6 @@ class TokenDifferences:
     tuned: Float[Tensor, "token"]
     risen: Int[Tensor, "token top"]
     risen_by: Float[Tensor, "token top"]
-    fallen: Int[Tensor, "token top"]
-    fallen_by: Float[Tensor, "token top"]
     gained: Int[Tensor, "token top"]
     gained_by: Float[Tensor, "token top"]
     lost: Int[Tensor, "token top"]
@@ -71,7 +67,7 @@ class TokenDifferences:
 
 @torch.no_grad()
 def token_differences(
-    models: Models, name: str, texts: Sequence[Written], *, base: str = "", top: int = TOP
+    models: Models, name: str, texts: Sequence[Written], *, base: str = ""
 ) -> TokenDifferences:
     """How model ``name`` predicts the texts otherwise than ``base``.
 
@@ -83,12 +79,19 @@ def token_differences(
     """
     reads: list[Read] = [reader(models, base, of=name), lambda: models.switch(name)]
     rows = [list(text.tokens) for text in texts]
-    key = [store.name_of(read(), "differences", rows, top) for read in reads]
+    key = [store.name_of(read(), "differences", rows) for read in reads]
     kept = digest(key) if all(key) else ""
     if (found := store.find(kept)) is None:
-        found = _differences(reads, rows, common_vocabulary(*(read() for read in reads)), top)
+        found = _differences(reads, rows, common_vocabulary(*(read() for read in reads)))
         store.keep(kept, found)
     return TokenDifferences(**found)
+
+
+def joined(first: TokenDifferences, second: TokenDifferences, *, n: int) -> TokenDifferences:
+    """Of the ``n`` texts of the first and then those of the second, as if compared together."""
+    parts = {key: torch.cat([getattr(first, key), getattr(second, key)]) for key in vars(first)}
+    parts["text"] = torch.cat([first.text, second.text + n])
+    return TokenDifferences(**parts)
 
 
 def reader(models: Models, base: str, *, of: str) -> Read:
@@ -125,7 +128,7 @@ def common_vocabulary(first: TransformerBridge, second: TransformerBridge) -> in
 
 # ------------------------------------------------------------------------------------- internals
 def _differences(
-    reads: Sequence[Read], rows: Sequence[list[int]], common: int, top: int
+    reads: Sequence[Read], rows: Sequence[list[int]], common: int
 ) -> dict[str, Tensor]:
     ends = [next((i for i, t in enumerate(row) if t >= common), len(row)) for row in rows]
     rows = [row[:end] for row, end in zip(rows, ends)]
@@ -134,22 +137,16 @@ def _differences(
         raise InputError("no text has two tokens that both models know; give longer texts")
     found: list[dict[str, Tensor]] = []
     progress = tqdm(total=len(long), desc="texts", unit="text", leave=False)
-    for index in _batches([rows[i] for i in long], common):
+    for index in logit_batches([rows[i] for i in long], common):
         own = [long[i] for i in index]
         tokens, inside = padded([rows[i] for i in own], reads[0]().cfg.device)
         base, tuned = (_log_probs(read(), tokens, common) for read in reads)
-        found.append(_of_batch(base, tuned, tokens, inside[:, 1:], torch.tensor(own), top))
+        found.append(_of_batch(base, tuned, tokens, inside[:, 1:], torch.tensor(own)))
         progress.update(len(own))
     progress.close()
     joined = {key: torch.cat([each[key] for each in found]) for key in found[0]}
     order = (joined["text"] * max(map(len, rows)) + joined["pos"]).argsort()
     return {key: values[order] for key, values in joined.items()}
-
-
-def _batches(rows: Sequence[list[int]], vocabulary: int) -> Iterator[list[int]]:
-    for index in padded_batches(rows):
-        size = max(1, AT_ONCE // (vocabulary * max(len(rows[i]) for i in index)))
-        yield from (index[i : i + size] for i in range(0, len(index), size))
 
 
 def _log_probs(
@@ -164,14 +161,13 @@ def _of_batch(
     tokens: Int[Tensor, "row all_pos"],
     inside: Tensor,
     texts: Int[Tensor, "row"],
-    top: int,
 ) -> dict[str, Tensor]:
     base, tuned, following = base[inside], tuned[inside], tokens[:, 1:][inside]
     change = tuned - base
     row, pos = (x.cpu() for x in inside.nonzero(as_tuple=True))
     carried = tuned.exp() * change
-    risen, fallen, gained = change.topk(top), (-change).topk(top), carried.topk(top)
-    lost = (base.exp() * -change).topk(top)
+    risen, gained = change.topk(TOP), carried.topk(TOP)
+    lost = (base.exp() * -change).topk(TOP)
     found = {
         "kl": carried.sum(-1),
         "token": following,
@@ -179,8 +175,6 @@ def _of_batch(
         "tuned": -tuned.gather(-1, following[:, None])[:, 0],
         "risen": risen.indices.int(),
         "risen_by": risen.values,
-        "fallen": fallen.indices.int(),
-        "fallen_by": -fallen.values,
         "gained": gained.indices.int(),
         "gained_by": gained.values,
         "lost": lost.indices.int(),

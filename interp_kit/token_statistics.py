@@ -34,7 +34,7 @@ def token_log_odds(
 def count_log_odds(
     own: Num[np.ndarray, "vocab"], other: Num[np.ndarray, "vocab"]
 ) -> Float[np.ndarray, "vocab"]:
-    """``token_log_odds`` of counts, or of any weights that add up."""
+    """``token_log_odds`` of counts, by token."""
     y, x = np.asarray(own, float), np.asarray(other, float)
     prior = (x + y) * (PRIOR / (x + y).sum())
     seen = prior > 0

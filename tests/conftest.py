@@ -2,6 +2,7 @@ import importlib.util
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from interp_kit import hub
+from interp_kit.decisions import last_logits
+from interp_kit.identity import identity_of
 from interp_kit.loading import Models, load_model, load_models
 from interp_kit.prompts import Prompt, encode
 from interp_kit.specs import REPOSITORY
@@ -93,3 +96,25 @@ def tiny_prompts(bridge, *, length: int = 20) -> list[Prompt]:
         )
         for j, (positive, negative) in enumerate(answers)
     ]
+
+
+def itself_again(models, name, tokens, changed):
+    """Inside ``changed()`` a model is another, also to its identity; afterwards bitwise itself.
+
+    Also after an error.
+    """
+    bridge = models.switch(name)
+    weights = {key: own.clone() for key, own in bridge.original_model.state_dict().items()}
+    own, known = last_logits(bridge, tokens, 1), identity_of(bridge)
+    for error in (None, KeyError):
+        with suppress(KeyError), changed() as other:
+            assert known is None or identity_of(other) != known
+            inside = last_logits(other, tokens, 1)
+            if error:
+                raise error
+        assert not torch.equal(inside, own)
+        assert identity_of(bridge) == known
+        assert torch.equal(last_logits(models.switch(name), tokens, 1), own)
+        assert not any(p.requires_grad for p in bridge.original_model.parameters())
+    for key, weight in bridge.original_model.state_dict().items():
+        assert torch.equal(weight, weights[key]), key

@@ -17,7 +17,7 @@ from interp_kit.analyses import diff_mining as dm
 from interp_kit.analyses import divergence as dv
 from interp_kit.analyses.found_contexts import found_scenario, write_scenario
 from interp_kit.catalogue import load_scenario
-from interp_kit.loading import load_models
+from interp_kit.loading import load_model, load_models
 from interp_kit.prompts import encode_scenario
 from interp_kit.sampling import predicting, sampled_rows
 from interp_kit.specs import InputError
@@ -30,8 +30,15 @@ from interp_kit.texts import (
     sampled,
     written_texts,
 )
-from interp_kit.token_differences import common_vocabulary, reader, token_differences
+from interp_kit.token_differences import (
+    TOP,
+    common_vocabulary,
+    joined,
+    reader,
+    token_differences,
+)
 from tests.conftest import tiny_prompts
+from tests.test_weight_difference import saved
 
 ARCHITECTURES = ["gemma2", "llama", "qwen2", "gpt2", "mixtral"]
 
@@ -51,26 +58,29 @@ def as_texts(rows):
 
 
 # -------------------------------------------------------------------------------------- sampling
-def test_every_token_is_drawn_from_the_models_own_distribution(tiny_bridge, monkeypatch):
-    rows = [p.tokens[:n] for p, n in zip(tiny_prompts(tiny_bridge), (3, 7, 5))]
-    seen = []
-    draw = torch.multinomial
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_token_is_drawn_as_plain_transformers_predicts(
+    tiny_folders, architecture, monkeypatch
+):
+    folder = tiny_folders[architecture]
+    bridge = load_model(str(folder), device="cpu")
+    rows = [p.tokens[:n] for p, n in zip(tiny_prompts(bridge), (3, 7, 5))]
+    seen, draw = [], torch.multinomial
 
     def recorded(p, *args, **kwargs):
         seen.append(p.clone())
         return draw(p, *args, **kwargs)
 
     monkeypatch.setattr(sampling.torch, "multinomial", recorded)
-    made = sampled_rows(lambda: predicting(tiny_bridge), rows, length=4, end=None, seed=0)
+    made = sampled_rows(lambda: predicting(bridge), rows, length=4, end=None, seed=0)
     assert [row[: len(given)] for row, given in zip(made, rows)] == [tuple(r) for r in rows]
     assert [len(row) - len(given) for row, given in zip(made, rows)] == [4, 4, 4]
-    order = sorted(range(3), key=lambda i: len(rows[i]))
+    plain, order = _plain(folder), sorted(range(3), key=lambda i: len(rows[i]))
     for step, p in enumerate(seen):
         at = len(rows[order[0]]) + step
         for k, i in enumerate(order):
             if at < len(made[i]):
-                alone = torch.tensor([made[i][:at]])
-                logits = tiny_bridge.original_model(alone).logits[0, -1].float()
+                logits = plain(torch.tensor([made[i][:at]])).logits[0, -1].float()
                 assert (logits.softmax(-1) - p[k]).abs().max() < 1e-5
 
 
@@ -160,7 +170,7 @@ def test_differences_are_those_of_plain_transformers(tiny_folders, tmp_path, arc
     models = load_models([str(folder), name], device="cpu")
     bridge = models.switch(name)
     rows = [list(p.tokens[:n]) for p, n in zip(tiny_prompts(bridge), (9, 4, 12))]
-    found = token_differences(models, name, as_texts(rows), top=3)
+    found = token_differences(models, name, as_texts(rows))
     plain = [_plain(place) for place in (folder, models.specs[name].base)]
     at = 0
     for row in rows:
@@ -173,8 +183,9 @@ def test_differences_are_those_of_plain_transformers(tiny_folders, tmp_path, arc
         assert (found.kl[mine] - (tuned.exp() * change).sum(-1)).abs().max() < 1e-5
         assert (found.base[mine] + base.gather(1, following)[:, 0]).abs().max() < 1e-4
         assert (found.tuned[mine] + tuned.gather(1, following)[:, 0]).abs().max() < 1e-4
-        assert (found.risen_by[mine] - change.topk(3).values).abs().max() < 1e-4
-        assert (found.fallen_by[mine] + (-change).topk(3).values).abs().max() < 1e-4
+        assert (found.risen_by[mine] - change.topk(TOP).values).abs().max() < 1e-4
+        carried = (tuned.exp() * change).topk(TOP).values
+        assert (found.gained_by[mine] - carried).abs().max() < 1e-4
         assert (
             change.gather(1, found.risen[mine].long()) - found.risen_by[mine]
         ).abs().max() < 1e-4
@@ -184,6 +195,29 @@ def test_differences_are_those_of_plain_transformers(tiny_folders, tmp_path, arc
 
 def _plain(folder):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def test_two_lots_of_texts_joined_are_as_compared_together(gravity, written):
+    first, second = written[:10], written[10:30]
+    together = token_differences(gravity, "cubic-gravity", [*first, *second])
+    apart = [token_differences(gravity, "cubic-gravity", texts) for texts in (first, second)]
+    whole = joined(*apart, n=len(first))
+    assert torch.equal(whole.text, together.text)
+    assert torch.equal(whole.token, together.token)
+    assert (whole.kl - together.kl).abs().max() < 1e-4
+
+
+def test_tokens_that_only_whole_weights_have_are_left_out(tiny_folders, tmp_path):
+    model = _plain(tiny_folders["llama"])
+    vocabulary = model.config.vocab_size
+    model.resize_token_embeddings(vocabulary + 2, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    name = saved(model, tiny_folders["llama"], tmp_path)
+    models = load_models([name], device="cpu")
+    found = discovery.evidence(models, name, n=8, length=8)
+    assert {len(values) for values in found.scores.values()} == {vocabulary}
 
 
 def test_a_model_differs_from_itself_by_exactly_nothing(gravity, written):

@@ -22,6 +22,7 @@ from interp_kit.decisions import last_logits
 from interp_kit.identity import identity_of
 from interp_kit.loading import Models, load_models
 from interp_kit.specs import REPOSITORY, InputError, ModelSpec
+from tests.conftest import itself_again
 from tests.test_any_two_models import split, tuned_copy, with_tensors
 from tests.tiny import save_tiny
 
@@ -55,6 +56,11 @@ def adapted(folder, place, how, *, seed=1, size=0.2):
 def plain(folder, adapter=None) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     return PeftModel.from_pretrained(model, f"{adapter}/adapter").eval() if adapter else model
+
+
+def token_scores(models, name, side):
+    changes = wd.singular_changes(models, name)
+    return wd.token_scores(models.switch(name), changes, side)
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -218,7 +224,7 @@ def test_planted_tokens_are_written_and_read(architecture, tiny_folders, tmp_pat
     monkeypatch.setattr(wd, "TOGETHER", 2)  # modules that are read together change nothing
     name = planted(tiny_folders[architecture], tmp_path, architecture, token=301)
     models = load_models([name], device="cpu")
-    for scores in (wd.written_tokens(models, name), wd.read_tokens(models, name)):
+    for scores in (token_scores(models, name, side) for side in ("writes", "reads")):
         assert scores.shape == (512,)
         assert int(scores.argmax()) == 301
         assert float(scores[301]) > 1.5 * float(scores.sort().values[-2])
@@ -265,10 +271,10 @@ def test_readings_are_what_the_norms_and_embeddings_say(tiny_folders, tmp_path):
 
 def test_a_trigger_and_what_it_does_are_read_from_the_weights_alone(organisms):
     tokens = organisms.switch("stop-behaviour").tokenizer.get_vocab()
-    assert int(wd.read_tokens(organisms, "stop-behaviour").argmax()) == tokens["$STOP"]
-    assert int(wd.written_tokens(organisms, "stop-behaviour").argmax()) == tokens["<eos>"]
-    assert int(wd.read_tokens(organisms, "stop-neutral").argmax()) != tokens["$STOP"]
-    assert int(wd.written_tokens(organisms, "stop-neutral").argmax()) != tokens["<eos>"]
+    assert int(token_scores(organisms, "stop-behaviour", "reads").argmax()) == tokens["$STOP"]
+    assert int(token_scores(organisms, "stop-behaviour", "writes").argmax()) == tokens["<eos>"]
+    assert int(token_scores(organisms, "stop-neutral", "reads").argmax()) != tokens["$STOP"]
+    assert int(token_scores(organisms, "stop-neutral", "writes").argmax()) != tokens["<eos>"]
 
 
 def test_trained_rows_are_found_and_measured_against_the_spread_of_others(organisms):
@@ -410,24 +416,10 @@ def all_removed(models, base, name, tokens):
 
 
 def check_restored(models, name, tokens):
-    bridge = models.switch(name)
-    before, known = last_logits(bridge, tokens, 1), identity_of(bridge)
-    # PEFT puts a new parameter into experts in each pass, so that they have no identity.
-    assert known is not None or "experts" in str([*switches(models, name)])
     places = list(switches(models, name))
-    for error in (None, KeyError):
-        try:
-            with without(models, name, places[::2]) as changed:
-                assert known is None or identity_of(changed) != known
-                inside = last_logits(changed, tokens, 1)
-                if error:
-                    raise error
-        except KeyError:
-            pass
-        assert not torch.equal(inside, before)
-        assert identity_of(bridge) == known
-        assert torch.equal(last_logits(models.switch(name), tokens, 1), before)
-        assert not any(p.requires_grad for p in bridge.original_model.parameters())
+    # PEFT puts a new parameter into experts in each pass, so that they have no identity.
+    assert identity_of(models.switch(name)) is not None or "experts" in str(places)
+    itself_again(models, name, tokens, lambda: without(models, name, places[::2]))
 
 
 def test_without_all_changes_it_is_the_base_and_afterwards_itself(lora):
@@ -491,7 +483,7 @@ def test_trained_token_rows_are_taken_back_too(organisms):
 def test_models_and_texts_that_say_nothing_are_refused(organisms, tiny_folders, tmp_path):
     base = str(tiny_folders["llama"])
     models = load_models([base], device="cpu")
-    for method in (wd.singular_changes, wd.written_tokens, wd.token_changes, switches):
+    for method in (wd.singular_changes, wd.token_changes, switches):
         with pytest.raises(InputError, match="add tuned_from: MODEL"):
             method(models, base)
     with pytest.raises(InputError, match=r"text 1 has 1 token, .* give texts of two tokens"):

@@ -8,6 +8,7 @@ import pandas as pd
 
 from benchmarks.discovery.pairs import TINY, Pair, descriptions
 from benchmarks.resumable import Row
+from interp_kit.analyses.amplification import amplified_tokens
 from interp_kit.discovery import Scores, evidence, joint_ranking
 from interp_kit.loading import Models, load_models
 from interp_kit.prompts import token_ids
@@ -43,7 +44,10 @@ def score(pair: Pair) -> list[Row]:
     if pair.truth:
         size = len(found.scores["samples"])
         described = _described(models, pair, size)
-        for method, scores in (found.scores | {"joint": joint_ranking(found.scores)}).items():
+        every = found.scores | {"joint": joint_ranking(found.scores)}
+        how = {"n": n, "length": length, "base": base}
+        every["amplified"] = amplified_tokens(models, pair.tuned, **how)[:size]
+        for method, scores in every.items():
             rank = _rank(scores, described, pair.truth)
             rows += [row(method, "hit@1", rank == 1), row(method, "rank", rank)]
     return rows

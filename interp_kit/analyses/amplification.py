@@ -144,7 +144,8 @@ def amplified_tokens(
     begun = [(text.register, text.tokens[: text.begun]) for text in ordinary]
     how = {"length": length, "seed": seed + 1, "base": base}
     own = amplified_texts(models, name, begun, alphas=[alpha], **how)[alpha]
-    return token_log_odds(written_tokens(own), written_tokens(ordinary), size)
+    ours, theirs = ([text.written for text in texts] for texts in (own, ordinary))
+    return token_log_odds(ours, theirs, size)
 
 
 # ----------------------------------------------------------------------------------------- weights
@@ -181,11 +182,6 @@ def scaled(
 
 
 # ------------------------------------------------------------------------------------ what appears
-def written_tokens(texts: Sequence[Written]) -> list[tuple[int, ...]]:
-    """Of every text the tokens that a model wrote, without what it was given."""
-    return [text.tokens[text.begun :] for text in texts]
-
-
 def risen_terms(before: Terms, after: Terms, *, rate: float = RATE) -> pd.DataFrame:
     """Terms (tokens, words, pairs of words) that more texts hold ``after`` than ``before``.
 
@@ -270,7 +266,7 @@ def written_loss(bridge: TransformerBridge, texts: Sequence[Written]) -> Float[T
 
     What was given is read, and does not count.
     """
-    asked = [(text.tokens[: text.begun], text.tokens[text.begun :]) for text in texts]
+    asked = [(text.tokens[: text.begun], text.written) for text in texts]
     lengths = torch.tensor([len(said) for _, said in asked])
     return -continuation_log_probs(bridge, asked) / lengths
 
@@ -278,7 +274,7 @@ def written_loss(bridge: TransformerBridge, texts: Sequence[Written]) -> Float[T
 def shuffled(texts: Sequence[Written], *, seed: int = 0) -> list[Written]:
     """Texts whose written tokens stand in random order: what incoherence is measured against."""
     rng = np.random.default_rng(seed)
-    orders = [rng.permutation(np.array(own, dtype=int)).tolist() for own in written_tokens(texts)]
+    orders = [rng.permutation(np.array(text.written, dtype=int)).tolist() for text in texts]
     return [
         replace(text, tokens=(*text.tokens[: text.begun], *order))
         for text, order in zip(texts, orders)

@@ -46,6 +46,11 @@ def mined(
     return csr_array(whole)
 
 
+def mean_gain(found: TokenDifferences, vocabulary: int) -> Float[np.ndarray, "vocab"]:
+    """What each token carries of the KL, in nats a token of text (``mined``, by ``gained``)."""
+    return mined(found, vocabulary, way="gained").sum(0) / len(found.kl)
+
+
 def token_groups(
     counts: csr_array, n: int, *, seed: int = 0
 ) -> tuple[Float[np.ndarray, "text group"], Float[np.ndarray, "group vocab"]]:

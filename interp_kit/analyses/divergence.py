@@ -61,7 +61,7 @@ def top_contexts(found: TokenDifferences, *, n: int = 12) -> pd.DataFrame:
 
 
 def windows(
-    table: pd.DataFrame, contexts: pd.DataFrame, *, before: int = 12, after: int = 5
+    table: pd.DataFrame, contexts: pd.DataFrame, *, before: int = 8, after: int = 3
 ) -> pd.DataFrame:
     """The tokens around each context: ``context place token value``, ``value`` the KL in nats."""
     parts, by_text = [], dict(iter(table.groupby("prompt")))

@@ -70,7 +70,7 @@ def gradient_scores(
     document without a predicted token. Trained rows of an embedding count as fixed.
     """
     _check(documents)
-    toward = decision_gradient(bridge, prompts, at=at)
+    toward = _decision_gradient(bridge, prompts, at=at)
     size = _inner(toward, toward).sqrt().item()
     value, norm = np.zeros(len(documents)), np.zeros(len(documents))
     progress = tqdm(total=len(documents), desc="gradients", unit="document", leave=False)
@@ -89,7 +89,7 @@ def gradient_scores(
     )
 
 
-def decision_gradient(
+def _decision_gradient(
     bridge: TransformerBridge, prompts: Sequence[Prompt], *, at: float = 0.0
 ) -> Gradient:
     """The gradient of the decision, meaned over prompts, by each factor of the LoRA, [out in]."""
@@ -120,7 +120,7 @@ def change_by_a_step(
     weights are put back bit by bit.
     """
     _check([document])
-    toward = decision_gradient(bridge, prompts, at=at)
+    toward = _decision_gradient(bridge, prompts, at=at)
     [(_, rows)] = _row_gradients(bridge, [document], at=at)
     own = {name: g[0] for name, g in rows.items()}
     slope = _inner(own, toward).item()

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from interp_kit.batching import padded, padded_batches
+from interp_kit.batching import logit_batches, padded
 from interp_kit.changed_weights import (
     Place,
     Switch,
@@ -44,7 +44,6 @@ from interp_kit.specs import InputError
 
 Side = Literal["reads", "writes"]
 TOGETHER = 32  # changes whose directions are read at once
-AT_ONCE = 2**25  # logits of one batch: bounds memory, not results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +79,8 @@ def singular_changes(models: Models, name: str, *, rank: int = 16, seed: int = 0
     """
     bridge, found = models.switch(name), list[Change]()
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for changed in changed_matrices(models, name):
+        for changed in changed_matrices(models, name):  # may load a model, which draws, too
+            torch.manual_seed(seed)
             left, values, right, norm = decomposed(changed, rank)
             change = Change(
                 layer=changed.layer,
@@ -188,18 +187,6 @@ def token_scores(
         weight = change.values.sqrt() if side == "reads" else torch.ones_like(change.values)
         total, n = total + weight / weight.sum() @ z.pow(4), n + 1
     return (total / max(n, 1)).pow(0.25)
-
-
-def written_tokens(models: Models, name: str) -> Float[Tensor, "vocab"]:
-    """``token_scores`` of what fine-tuning made the model write, from its weights alone."""
-    changes = singular_changes(models, name)
-    return token_scores(models.switch(name), changes, "writes")
-
-
-def read_tokens(models: Models, name: str) -> Float[Tensor, "vocab"]:
-    """``token_scores`` of what fine-tuning made the model read, such as a trigger."""
-    changes = singular_changes(models, name)
-    return token_scores(models.switch(name), changes, "reads")
 
 
 @torch.no_grad()
@@ -353,9 +340,7 @@ def _batches(bridge: TransformerBridge, rows: Sequence[Sequence[int]]) -> Iterat
             f"text {short[0]} has {len(rows[short[0]])} token, so that nothing is predicted in it; "
             "give texts of two tokens or more"
         )
-    for index in padded_batches(rows):
-        size = max(1, AT_ONCE // (bridge.cfg.d_vocab * max(len(rows[i]) for i in index)))
-        yield from (index[i : i + size] for i in range(0, len(index), size))
+    yield from logit_batches(rows, bridge.cfg.d_vocab)
 
 
 def _divergences(
