@@ -59,9 +59,13 @@ def pytest_collectstart(collector):
         collector.skip_compare += SKIPPED
 
 
-def pytest_collection_modifyitems(items):
-    """Refuse a notebook without stored outputs, which would pass whatever it computes."""
-    for notebook in {i.parent for i in items if isinstance(i, nbval.IPyNbCell)}:
-        code = [c for c in notebook.nb.cells if c.cell_type == "code"]
+def pytest_runtest_setup(item):
+    """Fail the cells of a notebook without stored outputs: they would pass whatever they compute.
+
+    They fail one by one, since an error at collection stops a worker of pytest-xdist without a
+    word.
+    """
+    if isinstance(item, nbval.IPyNbCell):
+        code = [c for c in item.parent.nb.cells if c.cell_type == "code"]
         if any(c.execution_count is None for c in code) or not any(c.outputs for c in code):
-            raise pytest.UsageError(f"{notebook.name} has no stored outputs; run it and save it")
+            pytest.fail(f"{item.parent.name} has no stored outputs; run it and save it")
