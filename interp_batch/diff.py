@@ -23,15 +23,17 @@ FOUND = "found_contexts"
 SUMMARY = "94_what_changed"
 LENGTH = 32  # tokens that a text goes on
 FEWEST, MOST = 48, 192  # texts of each model
+AMPLIFIED, READ = 32, 8  # that are amplified, and on which changes are taken out one by one
 # Minutes of one core on SmolLM2 (135 M parameters), allowances rather than measurements: of the
 # notebooks however few the texts are, and for each text that a model writes and both predict.
-FIXED, EACH, MEASURED = 4.0, 0.03, 135e6
+FIXED, EACH, MEASURED = 12.0, 0.035, 135e6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A comparison: its run file, its data folder and the folder of its results."""
+    """A comparison: the base's name, its run file, its data folder, the folder of its results."""
 
+    base: str
     file: Path
     data: Path
     results: Path
@@ -50,14 +52,18 @@ def write_study(
 ) -> Study:
     """Write the run file, and specs of models that are given by folder or id.
 
+    A base that has the weights of the one that ``tuned`` names, and other settings, is that one.
+
     Raises ``InputError`` for a model that is not found or named twice, texts that cannot be read,
     and a budget in minutes that is too small for anything.
     """
     name = f"diff_{slug(tuned)}_{slug(base)}"
     results = outputs / name
     folder = results / "study"
-    study = Study(file=folder / f"{name}.yaml", data=folder / "data", results=results)
-    before = find_model(base, data=data)
+    before = _tuned_from(find_model(base, data=data), tuned, data)
+    study = Study(
+        base=before.name, file=folder / f"{name}.yaml", data=folder / "data", results=results
+    )
     given = [tuned, *against]
     if len({base, *given}) < 1 + len(given):
         raise InputError(
@@ -72,17 +78,19 @@ def write_study(
     shared: dict[str, Any] = {"subject": models[0], "n_texts": n, "length": LENGTH}
     apart = specs[tuned] is None and find_model(tuned, data=data).origin != before.name
     if apart:
-        shared["base"] = base
+        shared["base"] = before.name
     reading = shared | ({"texts": str(texts.resolve())} if texts else {})
-    notebooks = {"16_divergence": reading, "17_diff_mining": {**reading}, SUMMARY: shared}
+    # In this order: 17 and 94 find the texts and differences that 16 makes.
+    notebooks: dict[str, dict[str, Any]] = {"16_divergence": reading}
     if not apart:
-        few = shared | {"n_texts": min(n, FEWEST)}
-        notebooks["18_weight_difference"] = few | {"controls": models[1:]}
-        notebooks["19_amplification"] = few
+        few = {"subject": models[0], "length": LENGTH}
+        notebooks["18_weight_difference"] = few | {"n_texts": READ, "controls": models[1:]}
+        notebooks["19_amplification"] = few | {"n_texts": AMPLIFIED}
+    notebooks |= {"17_diff_mining": {**reading}, SUMMARY: shared}
     run = {
-        "about": f"What did fine-tuning change from {base} to {models[0]}?",
-        "models": [base, *models],
-        "notebooks": dict(sorted(notebooks.items())),
+        "about": f"What did fine-tuning change from {before.name} to {models[0]}?",
+        "models": [before.name, *models],
+        "notebooks": notebooks,
     }
     _write(study.file, run)
     return study
@@ -110,12 +118,25 @@ def add_found(study: Study) -> bool:
     }
     if all(prompt.counterfactual for prompt in scenario.prompts):
         causes["03_activation_patching"] = {"positions": "decision"}
-    run["notebooks"] = dict(sorted((run["notebooks"] | causes).items()))
+    run["notebooks"] |= causes
     _write(study.file, run)
     return True
 
 
 # ------------------------------------------------------------------------------------- internals
+def _tuned_from(before: ModelSpec, tuned: str, data: Path | None) -> ModelSpec:
+    folder = as_path(tuned)
+    if folder.is_dir() and not (folder / "model.yaml").is_file():
+        return before
+    spec = find_model(tuned, data=data)
+    if before.tuned or not spec.tuned or spec.origin == before.name:
+        return before
+    origin = find_model(spec.origin, data=data)
+    same = ("base", "revision", "dtype", "quantization")
+    alike = all(getattr(origin, key) == getattr(before, key) for key in same)
+    return origin if alike and not origin.tuned else before
+
+
 def _described(tuned: str, before: ModelSpec, data: Path | None) -> dict[str, Any] | None:
     """The spec that a model needs which does not say what it was tuned from; None, if it does."""
     folder = as_path(tuned)

@@ -1,7 +1,7 @@
 """Prompts and answers -> token ids and positions."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -105,8 +105,11 @@ def encode(
     counterfactual: str | None = None,
     labels: tuple[str, str] = ("positive", "negative"),
     segments: Mapping[str, str | Sequence[str]] | None = None,
+    chat_template: bool = True,
 ) -> Prompt:
     """Tokenize one prompt as in generation: chat template where the tokenizer has one, then BOS.
+
+    Without ``chat_template`` the text is read as it is; special tokens that it spells are tokens.
 
     Answers are what the tokenizer adds to the prompt: give the leading space, except after a chat
     template, where a leading space is dropped. Where it would join the prompt's end with an answer
@@ -123,14 +126,16 @@ def encode(
             "this bridge has no tokenizer, so texts cannot be encoded; make prompts of token ids: "
             "Prompt(tokens=..., positive=..., negative=...)"
         )
-    formatted = with_template(bridge, text)
-    if has_template(bridge):
+    as_turn = chat_template and has_template(bridge)
+    if as_turn:
         positive, negative = positive.lstrip(), negative.lstrip()
-    tokens = prompt_ids(bridge, formatted)
-    answers = [answer_ids(bridge, formatted, tokens, a) for a in (positive, negative)]
+    formatted = with_template(bridge, text) if as_turn else text
+    read = prompt_ids if as_turn else token_ids
+    tokens = read(bridge, formatted)
+    answers = [answer_ids(bridge, formatted, tokens, a, read=read) for a in (positive, negative)]
     swapped = None
     if counterfactual is not None:
-        swapped = prompt_ids(bridge, with_template(bridge, counterfactual))
+        swapped = read(bridge, with_template(bridge, counterfactual) if as_turn else counterfactual)
     prompt = Prompt(
         id=id,
         group=group,
@@ -142,7 +147,7 @@ def encode(
         negative_label=labels[1],
         counterfactual=swapped,
         segments=tuple(
-            _segment(bridge, id, name, parts, text, counterfactual)
+            _segment(bridge, id, name, parts, text, counterfactual, as_turn)
             for name, parts in (segments or {}).items()
         ),
     )
@@ -166,6 +171,7 @@ def encode_scenario(bridge: Tokenizing, scenario: Scenario) -> list[Prompt]:
                 counterfactual=prompt.counterfactual,
                 labels=(decision.labels.positive, decision.labels.negative),
                 segments=prompt.segments,
+                chat_template=scenario.chat_template,
             )
             prompts.append(encoded)
         except TooLongError as error:
@@ -276,12 +282,13 @@ def _segment(
     parts: str | Sequence[str],
     text: str,
     counterfactual: str | None,
+    as_turn: bool,
 ) -> Segment:
     here, there = (parts, parts) if isinstance(parts, str) else parts
-    ours = _positions_of(bridge, here, text)
+    ours = _positions_of(bridge, here, text, as_turn)
     if counterfactual is None:
         return Segment(name=name, positions=ours)
-    theirs = _positions_of(bridge, there, counterfactual)
+    theirs = _positions_of(bridge, there, counterfactual, as_turn)
     if len(ours) != len(theirs):
         raise InputError(
             f"prompt {prompt!r}: segment {name!r} has {len(ours)} tokens, and {len(theirs)} in the "
@@ -290,19 +297,22 @@ def _segment(
     return Segment(name=name, positions=ours, counterfactual=theirs)
 
 
-def _positions_of(bridge: Tokenizing, part: str, text: str) -> tuple[int, ...]:
+def _positions_of(bridge: Tokenizing, part: str, text: str, as_turn: bool) -> tuple[int, ...]:
     """Positions, BOS counted, of the tokens that overlap with ``part`` of the prompt ``text``.
 
     The chat template's own words are not searched: it is asked where it puts another text.
     """
-    formatted = with_template(bridge, text)
-    before, after = with_template(bridge, PLACE).split(PLACE, 1)
+    formatted, before, after = text, "", ""
+    if as_turn:
+        formatted = with_template(bridge, text)
+        before, after = with_template(bridge, PLACE).split(PLACE, 1)
     offsets = bridge.tokenizer(formatted, add_special_tokens=False, return_offsets_mapping=True)
     first = formatted.find(part, len(before), len(formatted) - len(after))
     if first < 0 or not formatted.startswith(before):
         raise InputError(f"segment {part!r} does not occur in {text!r}; give words of the prompt")
     last = first + len(part)
-    added = len(prompt_ids(bridge, formatted)) - len(offsets["input_ids"])  # a BOS
+    read = prompt_ids if as_turn else token_ids
+    added = len(read(bridge, formatted)) - len(offsets["input_ids"])  # a BOS
     return tuple(
         added + i
         for i, (start, end) in enumerate(offsets["offset_mapping"])
@@ -311,9 +321,14 @@ def _positions_of(bridge: Tokenizing, part: str, text: str) -> tuple[int, ...]:
 
 
 def answer_ids(
-    bridge: Tokenizing, text: str, tokens: tuple[int, ...], answer: str
+    bridge: Tokenizing,
+    text: str,
+    tokens: tuple[int, ...],
+    answer: str,
+    *,
+    read: Callable[[Tokenizing, str], tuple[int, ...]] = prompt_ids,
 ) -> tuple[int, ...]:
-    """What the answer adds to the prompt's tokens.
+    """What the answer adds to the prompt's ``tokens``, which ``read`` made of the ``text``.
 
     Where the tokenizer would merge the end of the prompt with the answer (a prompt that ends in a
     space, say), the prompt stays as a user sends it and the answer is tokenized alone: that is what
@@ -322,7 +337,7 @@ def answer_ids(
     Raises ``InputError`` if the answer's tokens alone do not spell it there.
     """
     tokenizer = bridge.tokenizer
-    whole = prompt_ids(bridge, text + answer)
+    whole = read(bridge, text + answer)
     if whole[: len(tokens)] == tokens:
         return whole[len(tokens) :]
     apart = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])

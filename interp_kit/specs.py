@@ -170,13 +170,17 @@ class TriggerSpec(Spec):
 
 
 class Scenario(Spec):
-    """Prompts that ask for one of two answers."""
+    """Prompts that ask for one of two answers.
+
+    ``chat_template: false``: the model reads them as they are written, even if it has a template.
+    """
 
     name: str
     about: str = ""
     decision: DecisionSpec
     prompts: Annotated[list[PromptSpec], Field(min_length=1)]
     trigger: TriggerSpec | None = None
+    chat_template: bool = True
     neutral: list[str] = []  # texts that have nothing to do with the prompts, for controls
     source: str = ""
 

@@ -105,6 +105,23 @@ def test_segments_are_found_in_the_prompt_and_not_in_the_template(folder, tmp_pa
     assert min(prompt.segments[0].positions) > words.index("Ġda")
 
 
+def test_prompts_are_read_as_written_where_they_say_so(folder, tmp_path):
+    """Special tokens that the text spells are tokens, BOS is the model's, segments are found."""
+    with_template(folder, ANSWERED)
+    bridge = load_model(
+        save_spec(tmp_path / "m", base=str(folder), chat_template=True), device="cpu"
+    )
+    plain = load_model(
+        save_spec(tmp_path / "plain", base=str(folder), chat_template=False), device="cpu"
+    )
+    for text in (" da ba be ka", " da<eos> ba be ka"):
+        given = {"positive": " ba", "negative": " ku", "segments": {"part": "ba be"}}
+        prompt = encode(bridge, text, counterfactual=text, chat_template=False, **given)
+        assert prompt == encode(plain, text, counterfactual=text, **given)
+        assert prompt.tokens != encode(bridge, text, **given).tokens
+    assert bridge.tokenizer.eos_token_id in prompt.tokens
+
+
 def test_the_metric_predicts_what_is_sampled_after_a_chat_template(folder, tmp_path):
     with_template(folder, ANSWERED)
     name = save_spec(tmp_path / "m", base=str(folder), chat_template=True)

@@ -37,6 +37,18 @@ def test_two_fine_tunes_of_one_base_are_compared_with_each_other(tmp_path):
     assert "18_weight_difference" not in run.notebooks  # no weight of either changed to the other's
 
 
+def test_a_base_under_another_name_is_the_one_that_was_tuned(tmp_path):
+    other = tmp_path / "data" / "models" / "without-bos" / "model.yaml"
+    other.parent.mkdir(parents=True)
+    base = find_model("tiny-gemma2").base
+    other.write_text(yaml.safe_dump({"base": base, "prepend_bos": False}))
+    study = study_of(tmp_path, base="without-bos", data=tmp_path / "data")
+    assert study.base == "tiny-gemma2"
+    run = read_run(study.file, data=study.data)
+    assert run.models == ["tiny-gemma2", "cubic-gravity"]
+    assert "base" not in run.notebooks[diff.SUMMARY]
+
+
 def test_an_adapter_as_peft_saves_it_and_whole_weights_get_a_spec(tmp_path):
     adapter = tmp_path / "mine"
     shutil.copytree(MODELS / "cubic-gravity" / "adapter", adapter)

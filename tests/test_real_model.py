@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from random import Random
 
+import pandas as pd
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from interp_kit.analyses.activation_patching import (
 )
 from interp_kit.analyses.attribution import contrast_attribution, direct_logit_attribution
 from interp_kit.analyses.attribution_patching import attribution_patching
+from interp_kit.analyses.found_contexts import found_scenario, write_scenario
 from interp_kit.analyses.lens import contrast_lens, logit_lens
 from interp_kit.catalogue import find_model
 from interp_kit.controls import counterfactuals, likely_pairs
@@ -23,9 +25,10 @@ from interp_kit.finetuning.games import REWARDS
 from interp_kit.loading import load_model, load_models
 from interp_kit.passes import shared_passes
 from interp_kit.pretrained import load_huggingface
-from interp_kit.prompts import encode, encode_scenario
+from interp_kit.prompts import encode, encode_scenario, token_ids, token_of, with_template
 from interp_kit.specs import REPOSITORY
 from interp_kit.statistics import against_control, paired_difference
+from interp_kit.texts import Written
 from organisms.measuring import measure_trigger
 from organisms.recipes import GAME_SCENARIOS
 
@@ -168,6 +171,25 @@ def test_the_game_goes_through_its_chat_template(smollm2):
     names = {"payoffs", "own_move", "partner_move", "question"}
     assert all({s.name for s in p.segments} == names for p in prompts)
     assert max(len(p.tokens) for p in prompts) > 150
+
+
+def test_a_context_of_a_chat_is_found_again_with_its_template(smollm2, tmp_path):
+    models = load_models(["smollm2", "smollm2-strategic"], device="cpu")
+    turn = with_template(models.switch("smollm2"), "Name a colour.")
+    row = (*token_ids(models.switch("smollm2"), f"{turn}My favourite colour is"), 0)
+    texts = [Written(register="chat", tokens=row, begun=len(row) - 6)]
+    answers = [token_of(models.switch("smollm2"), word) for word in (" blue", " red")]
+    places = [len(row) - 1, len(row) - 2]
+    contexts = pd.DataFrame(
+        [{"text": 0, "pos": at, "raised": answers[0], "lowered": answers[1]} for at in places]
+    )
+    reads = [lambda: models.switch("smollm2"), lambda: models.switch("smollm2-strategic")]
+    scenario = found_scenario(reads, texts, contexts, name="found")
+    assert scenario is not None
+    assert scenario.prompts[0].text == f"{turn}My favourite colour is"
+    again = load_scenario(str(write_scenario(scenario, tmp_path)))
+    prompts = encode_scenario(models.switch("smollm2"), again)
+    assert [p.tokens for p in prompts] == [row[:at] for at in places]
 
 
 # --------------------------------------------------------------------------------- its fine-tunes

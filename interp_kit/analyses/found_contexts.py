@@ -52,7 +52,7 @@ def found_scenario(
     base, tuned = reads
     prompts: list[PromptSpec] = []
     for context in contexts.to_dict("records"):
-        row = _read_back(tuned(), texts[int(context["text"])].tokens[: int(context["pos"])])
+        row = texts[int(context["text"])].tokens[: int(context["pos"])]
         answers = int(context["raised"]), int(context["lowered"])
         made = _prompt(tuned(), row, answers, f"{len(prompts) + 1}") if row else None
         if made is None or any(made.text == other.text for other in prompts):
@@ -69,7 +69,13 @@ def found_scenario(
     said = [str(kept[0].positive), str(kept[0].negative)]  # every prompt has answers of its own
     decision = DecisionSpec(positive=said[0], negative=said[1], labels=labels)
     return Scenario(
-        name=name, about=about, decision=decision, prompts=kept, neutral=[*neutral], source=SOURCE
+        name=name,
+        about=about,
+        decision=decision,
+        prompts=kept,
+        chat_template=False,  # contexts hold the template's tokens themselves
+        neutral=[*neutral],
+        source=SOURCE,
     )
 
 
@@ -83,33 +89,27 @@ def write_scenario(scenario: Scenario, folder: Path) -> Path:
 
 
 # ------------------------------------------------------------------------------------- internals
-def _read_back(bridge: TransformerBridge, row: Ids) -> Ids:
-    """What the model reads of the row's text, if that is the row but for a first special token."""
-    text = _spelt(bridge, row)
-    read = token_ids(bridge, text) if text.strip() else ()
-    without = row[1:] if row[0] in bridge.tokenizer.all_special_ids else row
-    return read if read in (row, without) else ()
-
-
 def _text(bridge: TransformerBridge, row: Ids) -> str | None:
-    """The text that the model reads as exactly this row; none if there is no such text."""
-    text = _spelt(bridge, row)
-    return text if token_ids(bridge, text) == row else None
+    """The text that the model reads as exactly this row; none if there is no such text.
 
-
-def _spelt(bridge: TransformerBridge, row: Ids) -> str:
-    special = set(bridge.tokenizer.all_special_ids)
-    return bridge.tokenizer.decode([token for token in row if token not in special])
+    A first token that begins texts is spelt only where the model does not add it by itself.
+    """
+    for spelt in (row[1:], row):
+        text = bridge.tokenizer.decode(spelt)
+        if text.strip() and token_ids(bridge, text) == row:
+            return text
+    return None
 
 
 def _prompt(
     bridge: TransformerBridge, row: Ids, answers: tuple[int, int], id: str
 ) -> PromptSpec | None:
-    """None where the tokenizer would join the text with an answer, or spell that otherwise."""
-    text = _spelt(bridge, row)
+    """None where the tokenizer spells the row or an answer otherwise, or joins the two."""
+    text = _text(bridge, row)
     said = [bridge.tokenizer.decode([token]) for token in answers]
-    whole = [token_ids(bridge, text + answer) for answer in said]
-    if answers[0] == answers[1] or whole != [(*row, token) for token in answers]:
+    if text is None or answers[0] == answers[1]:
+        return None
+    if any(token_ids(bridge, text + a) != (*row, t) for a, t in zip(said, answers)):
         return None
     return PromptSpec(id=id, text=text, positive=said[0], negative=said[1])
 
@@ -146,7 +146,7 @@ def _exchanges(bridge: TransformerBridge, row: Ids, done: set[int]) -> list[tupl
     first = max(1, len(row) - REACH)
     made = []
     for place in range(first, len(row)):
-        if place in done:
+        if place in done or row[place] in special:
             continue
         likely = logits[place - 1].topk(INSTEAD + 1).indices.tolist()
         others = [token for token in likely if token != row[place]][:INSTEAD]
