@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.discovery.cases import LENGTH, REAL_LENGTH, REAL_TEXTS, TEXTS
@@ -60,11 +61,11 @@ def measure(name: str) -> Iterator[Row]:
         if prompts:
             both = pd.DataFrame({"found": _sizes(models, of, base, prompts), "hand": by_hand})
             both = both.fillna(0.0)  # below the first layer that a fine-tune changes
-            rank = both.rank().corr().iloc[0, 1]
-            first = [set(both[column].nlargest(FIRST).index) for column in both]
+            rank = np.corrcoef(both.rank().to_numpy().T)[0, 1]
+            first = [set(both.index[np.argsort(-both[c].to_numpy())[:FIRST]]) for c in both]
             shared = float(len(first[0] & first[1]))
             about = {"of": of, "which": which, "first": " ".join(sorted(first[0] & first[1]))}
-            yield about | {"score": "rank", "value": rank}
+            yield about | {"score": "rank", "value": float(rank)}
             yield about | {"score": f"shared of {FIRST}", "value": shared}
             chance = FIRST**2 / len(both)
             yield about | {"score": "shared by chance", "value": chance}

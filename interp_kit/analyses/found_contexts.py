@@ -25,6 +25,7 @@ from interp_kit.specs import AnswerLabels, DecisionSpec, PromptSpec, Scenario, s
 from interp_kit.texts import Written
 from interp_kit.token_differences import Read
 
+SHORTEST = 6  # tokens of a prompt: the first ones are places of huge states, whose rounding shows
 REACH = 16  # tokens before the prediction that may be exchanged
 INSTEAD = 3  # tokens that are tried in the place of one
 EXCHANGES = 3  # tokens that are exchanged, at most
@@ -54,7 +55,9 @@ def found_scenario(
     for context in contexts.to_dict("records"):
         row = texts[int(context["text"])].tokens[: int(context["pos"])]
         answers = int(context["raised"]), int(context["lowered"])
-        made = _prompt(tuned(), row, answers, f"{len(prompts) + 1}") if row else None
+        if len(row) < SHORTEST:
+            continue
+        made = _prompt(tuned(), row, answers, f"{len(prompts) + 1}")
         if made is None or any(made.text == other.text for other in prompts):
             continue
         swapped = _counterfactual(base, tuned, row, answers)
