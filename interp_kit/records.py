@@ -112,12 +112,14 @@ def record(
     noise_floor: float,
     tables: Mapping[str, pd.DataFrame] | None = None,
     answers: Mapping[str, str] | None = None,
+    headline: Mapping[str, str] | None = None,
     **about: Any,
 ) -> None:
     """Write ``table.parquet``, ``table.csv``, ``summary.json`` and ``figures/*.json``.
 
     ``tables`` are further tables, written as ``NAME.csv``; ``answers`` (question -> answer, as
-    ``show`` checks them) head the report; ``about`` goes into the summary (model, scenario, seed).
+    ``show`` checks them) head the report; ``headline`` (figure -> how to read it) names the figures
+    that show them, of those that there are; ``about`` goes into the summary (model, seed).
     An empty ``folder`` (working interactively) writes nothing.
     """
     answered = dict(_checked(answers))
@@ -135,6 +137,7 @@ def record(
         "noise_floor": noise_floor,
         "values": summary,
         "answers": answered,
+        "headline": {name: how for name, how in (headline or {}).items() if name in figures},
         "versions": {name: version(name) for name in PACKAGES},
     }
     write_atomically(folder / "summary.json", dump_json(content))

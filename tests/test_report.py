@@ -41,8 +41,9 @@ VALUES = {
 
 
 def write_cell(
-    run, notebook, model, scenario, *, values=VALUES, state="ok", figures=None, answers=None, **more
-):
+    run, notebook, model, scenario, *, values=VALUES, state="ok", figures=None, answers=None,
+    headline=None, **more
+):  # fmt: skip
     """A cell's folder as the batch leaves it; returns what the report is given of it."""
     place = run / notebook / re.sub(r"\W+", "-", model) / scenario
     if state == "error":
@@ -51,7 +52,7 @@ def write_cell(
     else:
         record(
             place, table=LAYERS, summary=values, figures=figures or {}, noise_floor=1e-6,
-            answers=answers, seed=0,
+            answers=answers, headline=headline, seed=0,
         )  # fmt: skip
         (place / "run.ipynb").write_text("{}")
         digest = hashlib.sha256((place / "summary.json").read_bytes()).hexdigest()
@@ -95,7 +96,8 @@ def run(tmp_path_factory):
             folder, f"0{i}_analysis", model, scenario,
             values=VALUES | {"gap": named(ROW.assign(value=10.0 * i + j), unit="nats")},
             figures=hostile_figures() if (i, j) == (1, 0) else {},
-            answers={f"{model}?": "yes"},
+            answers={f"{model}?": "yes" if i == 1 else "cannot tell, the control does as much"},
+            headline={"lines": f"How to read it: {EVIL}", "bars": "", "gone": "it was not drawn"},
         )
         for i in (1, 2)
         for j, (model, scenario) in enumerate([("plain", "one"), (EVIL, "one"), (EVIL, "two")])
@@ -146,6 +148,25 @@ def test_what_failed_comes_first_then_answers_then_findings(run):
     assert sorted(order, key=text.index) == order
     assert "12 cells: 7 ok, 1 failed, 3 damaged, 1 not run." in text
     assert "ValueError: &lt;script&gt;" in text
+
+
+def test_the_index_opens_with_answers_and_the_figures_that_notebooks_chose(run, tab):
+    """Of each notebook one cell, with its figures; then what was not found."""
+    tab.open(run / "index.html")
+    first = tab.js("document.querySelector('main > section:not(#failed, #damaged)').id")
+    assert first == "glance"
+    said = tab.js("[...document.querySelectorAll('.answer')].map(p => p.innerText)")
+    assert said[0].startswith("plain? yes")
+    drawn = tab.js("document.querySelectorAll('.pictures .plot svg.main-svg').length")
+    assert drawn >= 2
+    captions = tab.js(
+        "[...document.querySelectorAll('.pictures figcaption')].map(c => c.innerText)"
+    )
+    assert len(captions) == 2
+    assert captions[0].startswith(f"How to read it: {EVIL[:20]}")
+    doubts = tab.js("[...document.querySelectorAll('#glance li')].map(c => c.innerText)")
+    assert len(doubts) == 3
+    assert "plain? cannot tell, the control does as much" in doubts[0]
 
 
 def test_every_answer_reaches_the_index_and_the_page_of_its_cell(run):
@@ -473,7 +494,7 @@ def test_figures_answer_to_the_mouse(run, tab):
 
 def test_filters_hide_rows_by_keyboard(run, tab):
     tab.open(run / "index.html")
-    assert len(tab.shown_rows()) == 35
+    assert [name for name, *_ in tab.shown_rows()] == ["gap"]  # beyond its control; others folded
     tab.js("document.querySelector('select[name=model]').focus()")
     tab.press("ArrowDown")
     assert tab.js("document.querySelector('select[name=model]').value") == "plain"
@@ -501,12 +522,14 @@ def test_filters_hide_rows_by_keyboard(run, tab):
 
 def test_columns_sort_by_keyboard_with_what_is_missing_last(run, tab):
     tab.open(run / "index.html")
-    header = "[...document.querySelectorAll('#findings th')].find(t => /Value/.test(t.textContent))"
+    tab.js("document.querySelector('#findings details').open = true")
+    headers = "[...document.querySelectorAll('#findings details th')]"
+    header = f"{headers}.find(t => /Value/.test(t.textContent))"
     tab.js(f"{header}.querySelector('button').focus()")
     for state in ("ascending", "descending"):
         tab.press("Enter", text="\r")
         assert tab.js(f"{header}.getAttribute('aria-sort')") == state
-        keys = [float(key) if key else None for _, key, _ in tab.shown_rows()]
+        keys = [float(key) if key else None for _, key, _ in tab.shown_rows()][1:]
         numbers = [key for key in keys if key is not None]
         assert keys[len(numbers) :] == [None] * 7
         assert numbers == sorted(numbers, reverse=state == "descending")
@@ -531,7 +554,8 @@ def test_a_reader_without_a_mouse_or_with_a_screen_reader_finds_the_way(run, tab
         assert tab.js("[...document.querySelectorAll('.plot')].every(p => p.ariaLabel.length > 20)")
 
 
-def test_all_text_has_contrast(run, tab):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_has_contrast(run, tab, scheme):
     contrasts = """
     (() => {
       const parts = (color) => color.match(/[\\d.]+/g).map(Number);
@@ -556,11 +580,16 @@ def test_all_text_has_contrast(run, tab):
         });
     })()
     """
+    wanted = {"name": "prefers-color-scheme", "value": scheme}
+    tab.send("Emulation.setEmulatedMedia", features=[wanted])
     for file in (run / "index.html", cell_page(run)):
         tab.open(file)
         found = tab.js(contrasts)
         assert len(found) > 20
         assert min(found) >= 4.5
+        ground = tab.js("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    tab.send("Emulation.setEmulatedMedia", features=[])
 
 
 def test_a_phone_scrolls_tables_and_figures_not_the_page(run, tab, tmp_path):

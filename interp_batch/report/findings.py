@@ -19,6 +19,7 @@ from interp_kit.records import MEASURED
 Kind = TypeVar("Kind", bound=BaseModel)
 Number = Annotated[float, BeforeValidator(lambda v: math.nan if v is None else v)]
 NAN = math.nan
+OUTSIDE = "control outside the interval"
 VERDICTS = (  # most telling first
     "intervals apart",
     "differs, no intervals",
@@ -51,6 +52,7 @@ class Recorded(BaseModel):
     noise_floor: Number = NAN
     values: dict[str, Value]
     answers: dict[str, str] = {}
+    headline: dict[str, str] = {}
     versions: dict[str, str] = {}
 
 
@@ -227,7 +229,7 @@ def _reading(row: Any) -> str:
     if math.isnan(row.control) or math.isnan(row.low) or math.isnan(row.high):
         return ""
     inside = row.low <= row.control <= row.high
-    return f"control {'inside' if inside else 'outside'} the interval"
+    return "control inside the interval" if inside else OUTSIDE
 
 
 def _overlap(row: Any) -> bool | None:

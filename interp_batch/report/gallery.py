@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs
 from pydantic import BaseModel
 
 from interp_batch.report.findings import (
+    OUTSIDE,
     Result,
     compare,
     findings,
@@ -33,10 +34,11 @@ from interp_kit.files import write_atomically
 from interp_kit.records import sentence
 from interp_kit.scorecard import METHODS, known_cases, read_scorecard
 from interp_kit.scorecard import sentence as known_sentence
-from interp_kit.specs import InputError
+from interp_kit.specs import NAME, InputError
 
 ENDED = {"ok": "ok", "error": "failed", "damaged": "damaged", "not run": "not run"}
 NOT_LISTED = ("index.html", "status.json")
+SENTENCES, PICTURES, DOUBTS = 3, 4, 5  # that the index opens with, at most
 
 
 def write_gallery(
@@ -68,9 +70,11 @@ def write_gallery(
         description=about,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **_index(results, ran, problems),
+        **_first_look(ran, problems),
+        plotly_styles=stylesheet_ids(),
         scorecard=list({row.method: row for row in known.values()}.values()),
         **_comparison(ran, against),
-        **inlined("index.js", plotly=False),
+        **inlined("figures.js", "index.js"),
     )
     write_atomically(index, text)
     return index
@@ -81,6 +85,8 @@ def _index(
     results: Sequence[Result], ran: Sequence[Result], problems: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
     """What the index shows of this run; ``problems``: cell id -> file -> what is wrong with it."""
+    table = findings(sorted(ran, key=lambda r: not r.is_summary))
+    beyond = table.reading == OUTSIDE
     return {
         "counts": _counts(results),
         "failed": [r for r in ran if r.state == "error"],
@@ -90,12 +96,55 @@ def _index(
         "models": _each(m for r in ran for m in r.models),
         "scenarios": _each(s for r in ran for s in r.scenarios),
         "analyses": _each(r.notebook for r in ran),
-        "findings": _with_results(findings(sorted(ran, key=lambda r: not r.is_summary)), ran),
+        "beyond": _with_results(table.loc[beyond], ran),
+        "others": _with_results(table.loc[~beyond], ran),
         "columns": _each(r.scenario for r in results),
         "matrix": _matrix(results),
         "made": _made_with(ran),
         "ran": ran,
     }
+
+
+def _first_look(ran: Sequence[Result], problems: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """What the index opens with: of each notebook one cell, its first answer and its figures.
+
+    Notebooks that put others together come first. Of a notebook's cells the first that says yes is
+    taken, else the first. ``doubts``: what was answered no or cannot tell.
+    """
+    told = [r for r in ran if r.recorded and r.recorded.answers]
+    of_notebook: dict[str, list[Result]] = {}
+    for r in sorted(told, key=lambda r: not r.is_summary):
+        of_notebook.setdefault(r.notebook, []).append(r)
+    chosen = [next((r for r in own if _first(r)[1].startswith("yes")), own[0])
+              for own in of_notebook.values()]  # fmt: skip
+    shown = [r for r in chosen if r.recorded and r.recorded.headline]
+    by_rank = [list(r.recorded.headline.items()) for r in shown if r.recorded]
+    pictures = [
+        (r, _figure(file), how)
+        for rank in range(max(map(len, by_rank), default=0))
+        for r, own in zip(shown, by_rank)
+        for name, how in own[rank : rank + 1]
+        for file in [r.folder / "figures" / f"{name}.json"]
+        if NAME.fullmatch(name) and file.is_file() and f"figures/{file.name}" not in problems[r.id]
+    ]
+    doubts = [
+        (r, question, answer)
+        for r in told
+        for question, answer in (r.recorded.answers.items() if r.recorded else ())
+        if re.match(r"(no|cannot tell)\b", answer)
+    ]
+    return {
+        "sentences": [(r, *_first(r)) for r in (shown or chosen)[:SENTENCES]],
+        "pictures": pictures[:PICTURES],
+        "doubts": doubts[:DOUBTS],
+        "n_doubts": len(doubts),
+    }
+
+
+def _first(result: Result) -> tuple[str, str]:
+    """The first question of a cell, with its answer."""
+    answers = result.recorded.answers if result.recorded else {}
+    return next(iter(answers.items()))
 
 
 def _known(ran: Sequence[Result]) -> dict[str, Any]:
@@ -143,10 +192,11 @@ def _write_page(
         to_top="../" * len(place.relative_to(folder).parts),
         problems=problems,
         figures=figures,
+        headline=recorded.headline if recorded else {},
         files=[(name, quote(name)) for name in listed if name not in NOT_LISTED],
         made=[(name, value) for name, value in made.items() if value],
         plotly_styles=stylesheet_ids(),
-        **inlined("cell.js", plotly=True),
+        **inlined("figures.js"),
     )
     write_atomically(place / "index.html", text)
     return problems
@@ -167,6 +217,7 @@ def _figure(file: Path) -> dict[str, Any]:
     parts = [title, *_named("across", x_titles), *_named("up", y_titles), *_named("shown", series)]
     picture = file.with_suffix(".png")
     return {
+        "name": file.stem,
         "title": title,
         "text": ". ".join(part.rstrip(".") for part in parts) + ".",
         "href": quote(f"figures/{file.name}"),

@@ -23,15 +23,15 @@ from plotly.offline import get_plotlyjs
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def inlined(script: str, *, plotly: bool) -> dict[str, str]:
-    """``script``, ``style`` and ``policy`` of a page; ``plotly`` if its script draws figures."""
-    code, style = _template(script), _template("report.css")
+def inlined(*scripts: str) -> dict[str, str]:
+    """``script``, ``style`` and ``policy`` of a page; its ``scripts`` become one."""
+    code, style = "".join(map(_template, scripts)), _template("report.css")
     rules = {"default-src": "'none'", "script-src": _hash(code), "style-src": _hash(style)}
-    if plotly:  # loaded by the script; fills empty styles; draws heat maps as images
-        rules["script-src"] += " 'strict-dynamic'"
-        rules["style-src"] += f" {_hash('')}"
-        allowed = " ".join(map(_hash, ("", crisp_image_style())))
-        rules |= {"style-src-attr": f"'unsafe-hashes' {allowed}", "img-src": "data: blob:"}
+    # Plotly is loaded by the script, fills empty styles, and draws heat maps as images.
+    rules["script-src"] += " 'strict-dynamic'"
+    rules["style-src"] += f" {_hash('')}"
+    allowed = " ".join(map(_hash, ("", crisp_image_style())))
+    rules |= {"style-src-attr": f"'unsafe-hashes' {allowed}", "img-src": "data: blob:"}
     rules |= {"base-uri": "'none'", "form-action": "'none'"}
     policy = "; ".join(f"{name} {value}" for name, value in rules.items())
     return {"script": code, "style": style, "policy": policy}

@@ -25,6 +25,8 @@ function filter() {
   for (const group of document.querySelectorAll("[data-group]")) {
     group.hidden = !group.querySelector("[data-analysis]:not([hidden])");
   }
+  const any = [...form.elements].some((field) => field.value);
+  for (const fold of document.querySelectorAll("#findings details")) fold.open ||= any;
   const shown = [...rows].filter((row) => !row.hidden).length;
   form.querySelector("output").value = `${shown} of ${rows.length} findings shown`;
 }
