@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from interp_kit import store
 from interp_kit.batching import Ids, Part, padded, padded_batches, parts
 from interp_kit.prompts import Prompt, Sign, require_prompts, special_token
-from interp_kit.records import Named, answer, named
+from interp_kit.records import GIVES, Named, answer, named
 from interp_kit.specs import InputError
 from interp_kit.statistics import mean_interval, verdict
 
@@ -230,9 +230,8 @@ def answers_given(decisions: pd.DataFrame) -> tuple[dict[str, Named], dict[str, 
     summary = {f"answer mass{which}": named(least, unit="")}
     row = {key: float(least[key].item()) for key in ("value", "low", "high", "n")}
     low, high = [row["value"]] * 2 if row["n"] == 1 else (row["low"], row["high"])
-    question = "Does the model give one of the two answers at all?"
     given = verdict(low, high, ">", LEAST_MASS)
     rarely = "hardly ever, so read its decisions with care" if given == "no" else ""
-    answers = {question: answer(given, summary, *summary, because=rarely)}
-    print(question, answers[question])
+    answers = {GIVES: answer(given, summary, *summary, because=rarely)}
+    print(GIVES, answers[GIVES])
     return summary, answers

@@ -21,6 +21,7 @@ from interp_kit.files import dump_json, write_atomically
 PACKAGES = ("interp-kit", "transformer-lens", "torch", "transformers", "peft")
 MEASURED = ("nats", "logits")  # rounding errors have these units
 CANNOT_TELL = "cannot tell"
+GIVES = "Does the model give one of the two answers at all?"  # which comes before any other
 VERDICT = re.compile(rf"(yes|no|{CANNOT_TELL})\b")
 OPEN_QUESTION = re.compile(r"(how|what|when|where|which|who|why)\b", re.IGNORECASE)
 Named = dict[str, Any]

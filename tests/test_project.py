@@ -147,3 +147,20 @@ def test_parameters_are_typed_literals_with_help(file):
         ast.literal_eval(statement.value)
         line = source.splitlines()[cast(int, statement.end_lineno) - 1]
         assert "  # " in line, f"no help in: {line}"
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_names_figures_for_the_first_page_that_it_draws(file):
+    code = "\n".join(c.source for c in nbformat.read(file, 4).cells if c.cell_type == "code")
+    drawn = [
+        re.escape(name).replace(re.escape("{i}"), r"\d+")
+        for name in re.findall(r"f?\"(\d\w*_[a-z_{}0-9]+)\"(?!: \"[A-Z])", code)
+    ]
+    shown = [
+        ast.literal_eval(key)
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "headline"
+        for key in node.value.keys
+    ]
+    assert shown or file.stem == "00_numerics_gate"
+    assert [name for name in shown if not any(re.fullmatch(d, name) for d in drawn)] == []

@@ -31,7 +31,7 @@ from interp_batch.report.findings import (
 )
 from interp_batch.report.policy import inlined, stylesheet_ids
 from interp_kit.files import write_atomically
-from interp_kit.records import sentence
+from interp_kit.records import GIVES, sentence
 from interp_kit.scorecard import METHODS, known_cases, read_scorecard
 from interp_kit.scorecard import sentence as known_sentence
 from interp_kit.specs import NAME, InputError
@@ -108,16 +108,17 @@ def _index(
 def _first_look(ran: Sequence[Result], problems: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """What the index opens with: of each notebook one cell, its first answer and its figures.
 
-    Notebooks that put others together come first. Of a notebook's cells the first that says yes is
-    taken, else the first. ``doubts``: what was answered no or cannot tell.
+    Notebooks that put others together come first, with all their answers. Of a notebook's cells
+    the first that says yes is taken, else the first. ``doubts``: answered no, or cannot tell.
     """
     told = [r for r in ran if r.recorded and r.recorded.answers]
     of_notebook: dict[str, list[Result]] = {}
     for r in sorted(told, key=lambda r: not r.is_summary):
         of_notebook.setdefault(r.notebook, []).append(r)
-    chosen = [next((r for r in own if _first(r)[1].startswith("yes")), own[0])
+    chosen = [next((r for r in own if _told(r)[0][1].startswith("yes")), own[0])
               for own in of_notebook.values()]  # fmt: skip
     shown = [r for r in chosen if r.recorded and r.recorded.headline]
+    said = [(r, *pair) for r in shown or chosen for pair in _told(r)[: None if r.is_summary else 1]]
     by_rank = [list(r.recorded.headline.items()) for r in shown if r.recorded]
     pictures = [
         (r, _figure(file), how)
@@ -134,17 +135,17 @@ def _first_look(ran: Sequence[Result], problems: Mapping[str, Mapping[str, str]]
         if re.match(r"(no|cannot tell)\b", answer)
     ]
     return {
-        "sentences": [(r, *_first(r)) for r in (shown or chosen)[:SENTENCES]],
+        "sentences": said[:SENTENCES],
         "pictures": pictures[:PICTURES],
         "doubts": doubts[:DOUBTS],
         "n_doubts": len(doubts),
     }
 
 
-def _first(result: Result) -> tuple[str, str]:
-    """The first question of a cell, with its answer."""
+def _told(result: Result) -> list[tuple[str, str]]:
+    """The questions of a cell with their answers; whether the model answers at all comes last."""
     answers = result.recorded.answers if result.recorded else {}
-    return next(iter(answers.items()))
+    return sorted(answers.items(), key=lambda pair: pair[0] == GIVES)
 
 
 def _known(ran: Sequence[Result]) -> dict[str, Any]:

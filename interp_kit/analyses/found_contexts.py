@@ -64,6 +64,8 @@ def found_scenario(
         if swapped is not None:
             made = made.model_copy(update={"counterfactual": _text(tuned(), swapped)})
         prompts.append(made)
+        if sum(prompt.counterfactual is not None for prompt in prompts) == most:
+            break
     paired = [prompt for prompt in prompts if prompt.counterfactual is not None]
     kept = (paired if len(paired) > 1 else prompts)[:most]
     if len(kept) < 2:

@@ -13,7 +13,7 @@ function draw() {
     Plotly.newPlot(plot, data, shown, {
       responsive: true,
       displaylogo: false,
-      displayModeBar: !small,
+      displayModeBar: !small && !plot.closest(".pictures"), // where it would hide titles
       showSendToCloud: false, // uploads
     });
   }
