@@ -1,4 +1,4 @@
-"""The commands of ``interp-kit``: run, diff, check, report, list, documents, finetune, train.
+"""The commands of ``interp-kit``, from ``run`` to ``train``.
 
 Commands import what they need when they run; only those that check, write or train load torch.
 """
@@ -113,6 +113,21 @@ def check(run_file: RunFile, data: Data = None, only: Only = None) -> None:
     cells = matching(cells, only or [])
     preflight(cells, data)
     typer.echo(f"{run_file}: {len(cells)} cells, all inputs are good")
+
+
+@app.command()
+def doctor(data: Data = None, outputs: Outputs = Path("outputs")) -> None:
+    """Say what is installed, what machine this is, and what is missing.
+
+    Nothing is loaded or downloaded. The exit code is 1 if nothing could run.
+    """
+    from interp_batch.doctor import examine
+    from interp_batch.printing import print_examination
+
+    found = examine(outputs, data)
+    print_examination(found)
+    if found.broken:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,12 +1,16 @@
 """What the commands print: lists, what would run, and how it ended."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import typer
 
 from interp_batch.execution import Outcome, State
 from interp_batch.matrix import Cell
 from interp_batch.results import count_by_other_versions, last_folder, read_status
+
+if TYPE_CHECKING:  # it imports plotly
+    from interp_batch.doctor import Examination
 
 WORDS: dict[State, str] = {"ok": "ok", "up to date": "up to date", "error": "failed"}
 
@@ -52,6 +56,16 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
     ended = [o.state for o in outcomes]
     counts = (f"{ended.count(s)} {word}" for s, word in WORDS.items())
     typer.echo(", ".join(counts))
+
+
+def print_examination(found: "Examination") -> None:
+    """Facts, then what is missing."""
+    width = max(map(len, found.facts)) + 2
+    for name, fact in found.facts.items():
+        typer.echo(f"{name:<{width}}{fact}")
+    for title, lines in (("To be mended first", found.broken), ("Missing", found.limits)):
+        if lines:
+            typer.echo(f"\n{title}:" + "".join(f"\n- {line}" for line in lines))
 
 
 def print_list(title: str, entries: Mapping[str, str]) -> None:
