@@ -7,7 +7,7 @@ documents, rounding, or a training on the base's own texts should stay below: ho
 counted by ``python -m benchmarks.discovery``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ from interp_kit.analyses.weight_difference import (
     token_scores,
 )
 from interp_kit.loading import Models
+from interp_kit.records import CANNOT_TELL
 from interp_kit.statistics import share_interval, verdict
 from interp_kit.texts import Written, written_texts
 from interp_kit.token_differences import TokenDifferences, joined, reader, token_differences
@@ -50,7 +51,8 @@ class Evidence:
 
     ``on_base`` and ``on_own`` are the differences on the base's texts and on the fine-tune's;
     ``novel``: ``kind value low high n``, the share of novel texts among the fine-tune's own, apart
-    for texts after each token that it added. ``scores``: by method, of every token.
+    for texts after each token that it added; ``taught``: ``writes_novel`` of it. ``scores``: by
+    method, of every token.
     """
 
     of_base: list[Written]
@@ -58,12 +60,8 @@ class Evidence:
     on_base: TokenDifferences
     on_own: TokenDifferences
     novel: pd.DataFrame
+    taught: str
     scores: dict[str, Scores]
-
-    @property
-    def taught(self) -> str:
-        """``writes_novel`` of this pair."""
-        return writes_novel(self.novel)
 
 
 def evidence(
@@ -107,12 +105,14 @@ def evidence(
         for side in SIDES:
             scores[side] = token_scores(bridge, changes, side).numpy()[:vocabulary]
         scores["embeddings"] = _embeddings(models, name, vocabulary)
+    novel = novel_share(on_own.table(own))
     return Evidence(
         of_base=of_base,
         own=own,
         on_base=on_base,
         on_own=on_own,
-        novel=novel_share(on_own.table(own)),
+        novel=novel,
+        taught=writes_novel(novel, shared=models.new_tokens(base) if base else ()),
         scores=scores,
     )
 
@@ -128,13 +128,16 @@ def novel_share(table: pd.DataFrame) -> pd.DataFrame:
     return share_interval(novel, ["kind"], "value", unit="prompt")
 
 
-def writes_novel(novel: pd.DataFrame) -> str:
+def writes_novel(novel: pd.DataFrame, *, shared: Collection[str] = ()) -> str:
     """Does a fine-tune write what its base would not? "yes", "no" or "cannot tell".
 
-    ``novel`` is its ``novel_share``; of several kinds of text the surest counts.
+    ``novel`` is its ``novel_share``; of several kinds of text the surest counts. Texts after
+    ``shared`` tokens, which both models added to one vocabulary, alone say "cannot tell": each
+    embedding began at random, and that is enough to make them novel, taught or not.
     """
-    surest = novel.loc[novel.low.idxmax()]
-    return verdict(float(surest.low), float(surest.high), ">", LEAST)
+    of_shared = novel.kind.isin([f"after {token}" for token in shared])
+    said = [_surest(lot) for lot in (novel.loc[~of_shared], novel.loc[of_shared]) if len(lot)]
+    return CANNOT_TELL if said[0] == "no" and said[-1] != "no" else said[0]
 
 
 def joint_ranking(scores: Mapping[str, Scores]) -> Scores:
@@ -152,6 +155,11 @@ def joint_ranking(scores: Mapping[str, Scores]) -> Scores:
 
 
 # ------------------------------------------------------------------------------------- internals
+def _surest(novel: pd.DataFrame) -> str:
+    surest = novel.loc[novel.low.idxmax()]
+    return verdict(float(surest.low), float(surest.high), ">", LEAST)
+
+
 def _shape(bridge: TransformerBridge) -> tuple[int, int]:
     return bridge.cfg.n_layers, bridge.cfg.d_model
 

@@ -363,6 +363,16 @@ def test_what_was_taught_is_named_and_rounding_is_nothing(gravity):
     assert nothing.novel.value.max() == 0
 
 
+def test_texts_after_a_token_that_both_models_added_decide_nothing():
+    """Each embedding of it began at random: alone that makes texts novel."""
+    rows = [("plain", 0.0, 0.02), ("after $A", 0.2, 0.5), ("after $B", 0.0, 0.04)]
+    novel = pd.DataFrame(rows, columns=["kind", "low", "high"])
+    assert discovery.writes_novel(novel) == "yes"
+    assert discovery.writes_novel(novel, shared=["$A"]) == "cannot tell"
+    assert discovery.writes_novel(novel, shared=["$B"]) == "yes"
+    assert discovery.writes_novel(novel.drop(index=1), shared=["$B"]) == "no"
+
+
 def test_a_trigger_that_ordinary_text_never_holds_is_found(gravity):
     found = discovery.evidence(gravity, "stop-behaviour", n=96)
     by_kind = found.novel.set_index("kind")
