@@ -100,7 +100,8 @@ def evidence(
     scores["surprise"] = np.bincount(on_own.token.numpy(), weights=less, minlength=vocabulary)
     if _shape(before()) == _shape(models.switch(name)):  # else no stream is the other's
         scores["lens"] = _lens(models, base, name, of_base)[:vocabulary]
-    if not base or base == models.specs[name].origin:  # else no change of weights is the pair's
+    spec = models.specs[name]
+    if spec.tuned and (not base or base == spec.origin):  # else no change of weights is the pair's
         changes, bridge = singular_changes(models, name), models.switch(name)
         for side in SIDES:
             scores[side] = token_scores(bridge, changes, side).numpy()[:vocabulary]

@@ -361,6 +361,10 @@ def test_what_was_taught_is_named_and_rounding_is_nothing(gravity):
     nothing = discovery.evidence(gravity, rounded, base="tiny-gemma2", n=96)
     assert nothing.taught == "no"
     assert nothing.novel.value.max() == 0
+    itself = discovery.evidence(gravity, "tiny-gemma2", base="tiny-gemma2", n=24)
+    assert itself.taught != "yes"
+    assert itself.novel.value.max() == 0
+    assert itself.scores["surprise"].max() == 0
 
 
 def test_texts_after_a_token_that_both_models_added_decide_nothing():
