@@ -108,7 +108,7 @@ def _index(
 def _first_look(ran: Sequence[Result], problems: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """What the index opens with: of each notebook one cell, its first answer and its figures.
 
-    Notebooks that put others together come first, with all their answers. Of a notebook's cells
+    Notebooks that put others together come first, with all they have. Of a notebook's cells
     the first that says yes is taken, else the first. ``doubts``: answered no, or cannot tell.
     """
     told = [r for r in ran if r.recorded and r.recorded.answers]
@@ -119,12 +119,14 @@ def _first_look(ran: Sequence[Result], problems: Mapping[str, Mapping[str, str]]
               for own in of_notebook.values()]  # fmt: skip
     shown = [r for r in chosen if r.recorded and r.recorded.headline]
     said = [(r, *pair) for r in shown or chosen for pair in _told(r)[: None if r.is_summary else 1]]
-    by_rank = [list(r.recorded.headline.items()) for r in shown if r.recorded]
+    ranked = [
+        (0 if r.is_summary else rank, r, name, how)
+        for r in shown
+        for rank, (name, how) in enumerate(r.recorded.headline.items() if r.recorded else ())
+    ]
     pictures = [
         (r, _figure(file), how)
-        for rank in range(max(map(len, by_rank), default=0))
-        for r, own in zip(shown, by_rank)
-        for name, how in own[rank : rank + 1]
+        for _, r, name, how in sorted(ranked, key=lambda each: each[0])
         for file in [r.folder / "figures" / f"{name}.json"]
         if NAME.fullmatch(name) and file.is_file() and f"figures/{file.name}" not in problems[r.id]
     ]
