@@ -211,7 +211,7 @@ def diff(
     study = write_study(base, tuned, against=against or [], texts=texts, **how)
     typer.echo(f"Run file: {study.file}")
     if study.base != base:
-        typer.echo(f"{base} has the weights of {study.base}, which {tuned} was tuned from: used")
+        typer.echo(f"{tuned} was tuned from {study.base}, which has the weights of {base}")
     again: dict[str, Any] = {"data": study.data, "outputs": outputs, "workers": workers}
     failed = _failed(partial(run, [study.file], dry_run=dry_run, **again))
     if not dry_run and add_found(study):

@@ -129,6 +129,7 @@ def add_found(study: Study) -> bool:
 
 # ------------------------------------------------------------------------------------- internals
 def _tuned_from(before: ModelSpec, tuned: str, data: Path | None) -> ModelSpec:
+    """The base by the name that ``tuned`` knows it by, if it has the same weights; else itself."""
     folder = as_path(tuned)
     if folder.is_dir() and not (folder / "model.yaml").is_file():
         return before

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from interp_batch.options import CORES
 from interp_batch.report.pictures import find_browser
 from interp_kit.catalogue import (
     data_folders,
@@ -108,7 +109,7 @@ def _device() -> tuple[str, str]:
         return f"cuda: {', '.join(gpu.name for gpu in own)}", sizes
     memory = psutil.virtual_memory()
     free = f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} free"
-    return f"cpu: {len(os.sched_getaffinity(0))} cores; no GPU is used", free
+    return f"cpu: {CORES} cores; no GPU is used", free
 
 
 def _lacking(models: Sequence[ModelSpec]) -> tuple[list[str], list[str]]:

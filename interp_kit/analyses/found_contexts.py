@@ -48,7 +48,8 @@ def found_scenario(
 
     ``reads`` hand out base and fine-tune (``reader``). Positive is what the fine-tune raises,
     negative what the base expects. If two prompts or more have a counterfactual, only these are
-    kept, so that notebooks which need one can run. Nothing, where fewer than two prompts are left.
+    kept, so that notebooks which need one can run. Contexts of fewer than ``SHORTEST`` tokens are
+    left out. Nothing, where fewer than two prompts are left.
     """
     base, tuned = reads
     prompts: list[PromptSpec] = []
