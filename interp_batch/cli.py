@@ -212,6 +212,8 @@ def diff(
     typer.echo(f"Run file: {study.file}")
     if study.base != base:
         typer.echo(f"{tuned} was tuned from {study.base}, which has the weights of {base}")
+    if not study.alike:
+        typer.echo("The two differ in shape: no activation of one can stand in the other")
     again: dict[str, Any] = {"data": study.data, "outputs": outputs, "workers": workers}
     failed = _failed(partial(run, [study.file], dry_run=dry_run, **again))
     if not dry_run and add_found(study):

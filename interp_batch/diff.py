@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from interp_kit.catalogue import find_model, load_scenario
-from interp_kit.files import read_yaml, write_atomically
+from interp_kit.files import read_json, read_yaml, write_atomically
 from interp_kit.formats import stream_texts
 from interp_kit.hub import find_files, tensor_shapes
 from interp_kit.specs import InputError, ModelSpec, as_path, slug
@@ -24,6 +24,13 @@ SUMMARY = "94_what_changed"
 LENGTH = 32  # tokens that a text goes on
 FEWEST, MOST = 48, 192  # texts of each model
 AMPLIFIED, READ = 32, 4  # that are amplified, and without which each change is taken out
+STEERED = {
+    "wanted": "negative",
+    "evaluation": "",
+    "strengths": [0.0, 0.25, 0.5, 1.0],
+    "n_random": 4,
+}
+UNREAD = {"documents": False, "n_documents": 16, "n_random": 16}
 # Minutes of one core on SmolLM2 (135 M parameters), from runs of 88 and 134 texts: of the
 # notebooks however few the texts are, and for each text that a model writes and both predict.
 FIXED, EACH, MEASURED = 13.0, 0.04, 135e6
@@ -31,12 +38,16 @@ FIXED, EACH, MEASURED = 13.0, 0.04, 135e6
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A comparison: the base's name, its run file, its data folder, the folder of its results."""
+    """A comparison: the base's name, its run file, its data folder, the folder of its results.
+
+    ``alike``: both models have one shape, so that activations of one can stand in the other.
+    """
 
     base: str
     file: Path
     data: Path
     results: Path
+    alike: bool
 
 
 def write_study(
@@ -54,16 +65,13 @@ def write_study(
 
     A base that has the weights of the one that ``tuned`` names, and other settings, is that one.
 
-    Raises ``InputError`` for a model that is not found or named twice, texts that cannot be read,
-    and a budget in minutes that is too small for anything.
+    Raises ``InputError`` for a model that is not found or named twice, two that number their tokens
+    otherwise, texts that cannot be read, and a budget in minutes that is too small for anything.
     """
     name = f"diff_{slug(tuned)}_{slug(base)}"
     results = outputs / name
     folder = results / "study"
     before = _tuned_from(find_model(base, data=data), tuned, data)
-    study = Study(
-        base=before.name, file=folder / f"{name}.yaml", data=folder / "data", results=results
-    )
     given = [tuned, *against]
     if len({base, *given}) < 1 + len(given):
         raise InputError(
@@ -73,10 +81,19 @@ def write_study(
     if texts:
         next(stream_texts(texts))  # refuses what is not readable
     specs = {each: _described(each, before, data) for each in given}
+    after = before if "adapter" in (specs[tuned] or {}) else find_model(tuned, data=data)
+    _check_vocabulary(before, after)
+    study = Study(
+        base=before.name,
+        file=folder / f"{name}.yaml",
+        data=folder / "data",
+        results=results,
+        alike=_alike_in_shape(before, after),
+    )
     models = [_named(each, own, study.data) for each, own in specs.items()]
     n = _texts_within(budget, before, len(models), cores)
     shared: dict[str, Any] = {"subject": models[0], "n_texts": n, "length": LENGTH}
-    apart = specs[tuned] is None and find_model(tuned, data=data).origin != before.name
+    apart = not study.alike or (specs[tuned] is None and after.origin != before.name)
     if apart:
         shared["base"] = before.name
     reading = shared | ({"texts": str(texts.resolve())} if texts else {})
@@ -115,13 +132,16 @@ def add_found(study: Study) -> bool:
     run = read_yaml(study.file)
     base, subject = run["models"][:2]
     run["scenarios"] = [FOUND]
-    causes: dict[str, dict[str, Any]] = {
-        "01_logit_lens": {},
-        "02_direct_logit_attribution": {},
-        "04_cross_model_patching": {"pairs": [[subject, base]]},
-    }
+    causes: dict[str, dict[str, Any]] = {"01_logit_lens": {}, "02_direct_logit_attribution": {}}
+    if study.alike:
+        causes["04_cross_model_patching"] = {"pairs": [[subject, base]]}
     if all(prompt.counterfactual for prompt in scenario.prompts):
         causes["03_activation_patching"] = {"positions": "decision"}
+    if scenario.neutral and study.alike:
+        causes["12_steering"] = {"subject": subject, "reference": base} | STEERED
+    if scenario.neutral and "18_weight_difference" in run["notebooks"]:  # subject's own base
+        written = {key: run["notebooks"][SUMMARY][key] for key in ("n_texts", "length")}
+        causes["10b_activation_difference_lens"] = {"subject": subject} | written | UNREAD
     run["notebooks"] |= causes
     _write(study.file, run)
     return True
@@ -153,6 +173,31 @@ def _described(tuned: str, before: ModelSpec, data: Path | None) -> dict[str, An
     if spec.base == before.base and spec.dtype == before.dtype:
         raise InputError(f"{tuned!r} and {before.name!r} are one model; name a fine-tune of it")
     return {"base": spec.base, "tuned_from": before.name} | _alike(before)
+
+
+def _alike_in_shape(before: ModelSpec, after: ModelSpec) -> bool:
+    """Whether the weights have the same names and sizes, but for tokens that one of them adds."""
+    if before.base == after.base:
+        return True
+    ours, theirs = (
+        {name: shape[1:] for name, shape in _shapes(spec).items()} for spec in (before, after)
+    )
+    return ours == theirs
+
+
+def _check_vocabulary(before: ModelSpec, after: ModelSpec) -> None:
+    """``InputError`` where a token id means something else to the second model."""
+    files = [find_files(spec).base / "tokenizer.json" for spec in (before, after)]
+    if files[0] == files[1] or not all(file.is_file() for file in files):
+        return  # of a tokenizer in another format the notebooks say so
+    ours, theirs = (read_json(file)["model"]["vocab"] for file in files)
+    if ours != theirs:
+        raise InputError(
+            f"{before.name!r} and {after.name!r} number their tokens otherwise ({len(ours)} and "
+            f"{len(theirs)} tokens), so what they predict cannot be compared token by token. With "
+            "a scenario (two answers to a prompt) 01 to 03 look into each by itself, and "
+            "90_compare_models and 14_open_ended compare what they decide and write"
+        )
 
 
 def _place(spec: ModelSpec) -> str:
@@ -194,6 +239,11 @@ def _texts_within(budget: float, base: ModelSpec, n_models: int, cores: int) -> 
 
 def _parameters(spec: ModelSpec) -> float:
     """How many weights the base has; of a GGUF file from its dequantised copy."""
-    files = sorted(find_files(spec).base.glob("*.safetensors"))
-    shapes = [shape for file in files for shape in tensor_shapes(file, spec.name).values()]
-    return float(sum(math.prod(shape) for shape in shapes))
+    return float(sum(math.prod(shape) for shape in _shapes(spec).values()))
+
+
+def _shapes(spec: ModelSpec) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(find_files(spec).base.glob("*.safetensors")):
+        shapes |= tensor_shapes(file, spec.name)
+    return shapes

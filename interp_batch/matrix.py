@@ -290,7 +290,12 @@ def _files_at(path: str, where: str) -> list[Path]:
 
 
 def _files_named(name: str, given: str, data: str | Path | None) -> list[Path]:
-    """The files that ``given``, the value of the parameter ``name``, means: a name or a path."""
+    """The files that ``given``, the value of the parameter ``name``, means: a name or a path.
+
+    None for "", which a notebook that needs one refuses (``needs``).
+    """
+    if not given:
+        return []
     place = NAMING_FILES[name]
     folders = data_folders(data) if NAME.fullmatch(given) else []
     named = [f for d in folders for f in sorted(d.glob(place.format(given)))]

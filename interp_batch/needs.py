@@ -7,7 +7,8 @@ A notebook says so in its metadata, ``"interp_kit": {"needs": [...]}``, by these
 - ``trigger``, ``neutral texts``: the scenario has them, the trigger as one token of the model;
 - ``documents``: the spec of the model in question, and that of its base, name texts;
 - ``comparable models``: one architecture and vocabulary, for every pair or all models at once;
-- ``mcqs.jsonl`` and so on: the evaluation set has this file.
+- ``mcqs.jsonl`` and so on: the evaluation set has this file; ``mcqs.jsonl or none``: it has, or the
+  parameter ``evaluation`` is empty.
 
 Defaults are checked like what a run file gives. ``"interp_kit": {"gate": true}`` marks a notebook
 that says whether a model can be analysed at all: where it fails, the others do not run.
@@ -28,12 +29,14 @@ KNOWN = {
     "comparable models",
 }  # fmt: skip
 
+OR_NONE = " or none"
+
 
 def needs_of(notebook: Path) -> frozenset[str]:
     """The needs that a notebook's metadata lists; ``InputError`` for one that is not known."""
     needs = frozenset(_metadata(notebook).get("needs", ()))
     for need in sorted(needs - KNOWN):
-        if not need.endswith(".jsonl"):
+        if not need.removesuffix(OR_NONE).endswith(".jsonl"):
             raise InputError(
                 f"{notebook}: its metadata needs {need!r}; expected one of "
                 f"{', '.join(sorted(KNOWN))}, or a file of an evaluation set (mcqs.jsonl)"
@@ -59,9 +62,12 @@ def check_needs(cells: Sequence[Cell], data: str | Path | None) -> None:
         models = names(given, "model")
         if "two models" in needs and len(models) < 2:
             raise InputError(f"{where} compares models, and the run has {len(models)}; name two")
-        if "documents" in needs:
+        if "documents" in needs and given.get("documents", True):
             _check_documents(where, given.get("subject") or models[0], data)
-        for kind in sorted(need for need in needs if need.endswith(".jsonl")):
+        for kind in sorted(need for need in needs if ".jsonl" in need):
+            if kind.endswith(OR_NONE) and not given["evaluation"]:
+                continue
+            kind = kind.removesuffix(OR_NONE)
             try:
                 evaluation_file(str(given["evaluation"]), kind, data=data)
             except InputError as error:
