@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from typer.testing import CliRunner
 
 from interp_batch.cli import app
+from interp_batch.report.data import MEANING, FindingsFile
 from interp_batch.report.findings import compare, findings, read_folder
 from interp_batch.report.gallery import write_gallery
 from interp_batch.report.pictures import find_browser, write_pictures
@@ -616,3 +617,14 @@ def test_desktop_and_print_show_everything(run, tab, tmp_path):
         assert max(widths, default=0) <= 680  # of A4, less its margins
         tab.js("dispatchEvent(new Event('afterprint'))")
         tab.send("Emulation.setEmulatedMedia", media="")
+
+
+def test_findings_and_tables_are_there_for_other_programs(run):
+    read = FindingsFile.model_validate_json((run / "findings.json").read_text(encoding="utf-8"))
+    table = findings(read_folder(run))
+    assert [(f.id, f.name) for f in read.findings] == [*zip(table["id"], table["name"])]
+    assert f"yes {EVIL}" in [answer.answer for answer in read.answers]
+    text = (run / "README.md").read_text(encoding="utf-8")
+    columns = pd.read_csv(cell_page(run).parent / "table.csv").columns
+    assert "- `table.csv`: " + ", ".join(f"`{c}`" for c in columns) in text
+    assert all(f"- `{c}`: " in text for c in set(columns) & set(MEANING))

@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from pydantic import BaseModel
 
+from interp_batch.report.data import write_data
 from interp_batch.report.findings import (
     OUTSIDE,
     Result,
@@ -49,7 +50,9 @@ def write_gallery(
     cells: Sequence[Mapping[str, Any]],
     against: Path | None = None,
 ) -> Path:
-    """Write ``folder/index.html`` and a page for each cell; returns the path of the index.
+    """Write ``folder/index.html``, a page for each cell, and the files of ``data``.
+
+    Returns the path of the index.
 
     Each cell has ``notebook title model scenario folder``; the rest is read from its folder.
     ``against`` is the output folder of another run, whose values are compared with this run's.
@@ -77,6 +80,7 @@ def write_gallery(
         **inlined("figures.js", "index.js"),
     )
     write_atomically(index, text)
+    write_data(folder, title, ran, findings(ran))
     return index
 
 

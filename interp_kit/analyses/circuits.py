@@ -79,6 +79,12 @@ def find_circuit(
     )
 
 
+def single_effects(experiments: Sequence[Experiment], patches: Sequence[Patch]) -> dict[str, float]:
+    """The fraction of the mean effect that each component recovers when it is moved alone."""
+    alone = _recovered(experiments, [frozenset([patch]) for patch in patches])
+    return {patch.component: float(value) for patch, value in zip(patches, alone)}
+
+
 def circuit_scores(
     experiments: Sequence[Experiment], candidates: Sequence[Patch], circuit: Sequence[Patch]
 ) -> pd.Series:
