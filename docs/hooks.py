@@ -141,8 +141,21 @@ def _notebooks() -> str:
         if reading.endswith(":"):  # the numbers follow in the notebook
             reading = re.sub(r"(?:^|(?<=[.:]\s))[^.:]*:$", "", reading).strip()
         title = prose[0].splitlines()[0].removeprefix("# ")
-        lines += ["", f"## {title}", "", f"`{file.stem}`", "", reading]
+        lines += ["", f"## {title}", "", f"`{file.stem}`", "", reading, ""]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        lines += [f"- {how}" for how in _headline(code)]
     return "\n".join(lines) + "\n"
+
+
+def _headline(code: list[str]) -> list[str]:
+    """How to read the figures that a report opens with, from the cell that says so."""
+    source = next((text for text in code if text.startswith("headline = {")), "")
+    values = [
+        node.value.values
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+    ]
+    return [str(v.value) for v in sum(values, []) if isinstance(v, ast.Constant)]
 
 
 def _models() -> str:

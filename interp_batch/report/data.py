@@ -1,4 +1,4 @@
-"""What a run found, for other programs: ``findings.json``, and a README that explains the tables."""
+"""What a run found, for other programs: ``findings.json``, and a README of its tables."""
 
 import csv
 import math
