@@ -150,12 +150,13 @@ def _notebooks() -> str:
 def _headline(code: list[str]) -> list[str]:
     """How to read the figures that a report opens with, from the cell that says so."""
     source = next((text for text in code if text.startswith("headline = {")), "")
-    values = [
-        node.value.values
+    return [
+        str(how.value)
         for node in ast.parse(source).body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        for how in node.value.values
+        if isinstance(how, ast.Constant)
     ]
-    return [str(v.value) for v in sum(values, []) if isinstance(v, ast.Constant)]
 
 
 def _models() -> str:
