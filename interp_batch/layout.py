@@ -73,13 +73,15 @@ def lay_out(folder: Path, model: str | None = None, adapters: Sequence[str] = ()
         raise InputError(
             f"two of the models would be named alike ({', '.join(names)}); rename a folder"
         )
-    scenario = "little_world" if _is_shipped(base.spec) else "english"
+    little = _is_shipped(base.spec)
     specs = {f"models/{own.name}/model.yaml": own.text for own in models if own.text}
     about = {"models": names, "specs": specs, "version": version(PROJECT)}
     files = {
-        "README.md": _filled("README.md.jinja", name=folder.resolve().name, **about),
+        "README.md": _filled(
+            "README.md.jinja", name=folder.resolve().name, little_world=little, **about
+        ),
         f"{RUN_FILES}/first.yaml": _filled("run.yaml.jinja", **about),
-        "scenarios/first.yaml": _filled(f"{scenario}.yaml"),
+        "scenarios/first.yaml": _filled("little_world.yaml" if little else "english.yaml"),
         **specs,
         **{f"notebooks/{f.name}": _without_outputs(f) for f in sorted(NOTEBOOKS.glob("*.ipynb"))},
         STUDY: _marker(),  # last: what was not laid out to the end is no study
@@ -239,5 +241,5 @@ def _templates() -> Environment:
     return made
 
 
-def _filled(name: str, **given: Any) -> str:
-    return _templates().get_template(name).render(**given)
+def _filled(template: str, /, **given: Any) -> str:
+    return _templates().get_template(template).render(**given)

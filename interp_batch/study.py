@@ -34,8 +34,9 @@ def new(
 
     names = lay_out(folder, model, adapter or [])
     typer.echo(f"{folder} is a study of {', '.join(names)}; its README.md says what is where")
-    for spec in sorted(folder.glob("models/*/model.yaml")):
-        typer.echo(f"Look at {spec}: is it loaded as it should be (chat_template, dtype)?")
+    spec = folder / "models" / names[0] / "model.yaml"
+    if spec.is_file():
+        typer.echo(f"See whether {spec} loads it as it should be: chat_template, dtype")
     typer.echo(f"Next:\n  cd {folder}\n  interp-kit run")
 
 
