@@ -249,7 +249,7 @@ def read_run(file: Path, *, data: str | Path | None = None) -> RunSpec:
     """
     if not file.is_file():
         examples = REPOSITORY / "papermill_params"
-        raise InputError(f"run file {str(file)!r} does not exist; {examples} holds examples")
+        raise InputError(f"run file {str(file)!r} does not exist; {examples}/ holds examples")
     given = read_yaml(file)
     notebooks = given.get("notebooks")
     if isinstance(notebooks, dict):  # `01_logit_lens:` with nothing behind it means no parameters

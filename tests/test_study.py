@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -259,7 +260,7 @@ def test_answers_may_begin_alike_and_a_counterfactual_may_be_longer(study, comma
     code, out, _ = command("add", "scenario", "mine", *given, *texts)
     assert code == 0
     assert "positive         points|>> now<<" in out
-    assert "v0 (9 and 10 tokens)" in out
+    assert re.search(r"other length than its counterfactual: v0 \(10 and 12 tokens\)", out)
     assert not load_scenario("mine").chat_template
     _, out, _ = command("add", "scenario", "other", *GAME, "--text", DEFECTED)
     assert "no counterfactuals: everything works but patching" in out
