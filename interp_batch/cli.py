@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from interp_batch import study
 from interp_batch.finetune import app as finetune
 from interp_batch.options import (
     CORES,
@@ -29,9 +30,15 @@ from interp_batch.options import (
     Scheduler,
     Workers,
 )
-from interp_kit.catalogue import data_folders, list_models, list_scenarios, read_run
+from interp_kit.catalogue import (
+    data_folders,
+    list_models,
+    list_scenarios,
+    read_run,
+    study_folder,
+)
 from interp_kit.hub import state_of_files
-from interp_kit.specs import REPOSITORY, InputError, ModelSpec, RunSpec
+from interp_kit.specs import REPOSITORY, InputError, ModelSpec
 
 if TYPE_CHECKING:  # these import papermill, which takes a second
     from interp_batch.execution import Outcome, RunOptions
@@ -41,20 +48,20 @@ app = typer.Typer(
     help="What did fine-tuning change inside a model, and which parts cause the behaviour?\n\n"
     "A run file (YAML) lists notebooks, models and scenarios. `run` executes every notebook on "
     "every model and scenario and writes a report to outputs/NAME/index.html. Start with "
-    "`interp-kit list`, then `interp-kit run papermill_params/demo.yaml --dry-run`.",
+    "`interp-kit new my_study`, then `interp-kit run` in that folder.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
+app.command()(study.new)
+app.add_typer(study.add, name="add")
 app.add_typer(finetune, name="finetune")
-
-FAILED = "failed"
 
 
 @app.command()
 def run(
-    run_files: RunFiles,
+    run_files: RunFiles = None,
     workers: Workers = CORES,
     only: Only = None,
     data: Data = None,
@@ -68,20 +75,23 @@ def run(
 ) -> None:
     """Run every notebook on every model and scenario of the run files, and write the report.
 
-    Cells whose results are up to date are skipped. Ctrl-C stops the run, and the same command
-    continues it. The exit code is 1 if a cell failed.
+    Without a file, in a study, it takes all in papermill_params. Cells whose results are up to date
+    are skipped. Ctrl-C stops the run, and the same command continues it. The exit code is 1 if a
+    cell failed.
     """
     from interp_batch.execution import RunOptions
+    from interp_batch.layout import run_files_here
     from interp_batch.matrix import expand
     from interp_batch.printing import print_matrix, print_other_versions, print_table
-    from interp_batch.results import stale
+    from interp_batch.results import selected, stale
     from interp_batch.warm import default_kernel
 
-    specs = [read_run(file, data=data) for file in run_files]
+    specs = [read_run(file, data=data) for file in run_files or run_files_here()]
+    study.note_outdated()
     if len({spec.name for spec in specs}) < len(specs):
         raise InputError("two run files have the same name and would share a folder; rename one")
     expanded = [expand(spec, outputs=outputs, data=data) for spec in specs]
-    cells = _selected([cell for own in expanded for cell in own], only or [], specs, outputs)
+    cells = selected([cell for own in expanded for cell in own], only or [])
     todo = cells if fresh else stale(cells)
     print_other_versions(todo)
     if dry_run:
@@ -91,6 +101,7 @@ def run(
         timeout=timeout,
         memory=memory,
         data=str(data.resolve()) if data else None,
+        study=str(study_folder() or ""),
     )
     how = {"workers": workers, "options": options, "fresh": fresh, "scheduler": scheduler}
     outcomes = _run(cells, todo, data, **how)
@@ -109,6 +120,7 @@ def check(run_file: RunFile, data: Data = None, only: Only = None) -> None:
     """Check a run file with its parameters, models and scenarios, and run nothing."""
     from interp_batch.matrix import expand, matching
 
+    study.note_outdated()
     cells = expand(read_run(run_file, data=data), outputs=Path("outputs"), data=data)
     cells = matching(cells, only or [])
     preflight(cells, data)
@@ -230,7 +242,7 @@ def list_(data: Data = None) -> None:
 
     print_list("models", {m.name: _description(m) for m in list_models(data)})
     print_list("scenarios", {s.name: s.about for s in list_scenarios(data)})
-    print_list("notebooks", list_notebooks())
+    print_list("notebooks", list_notebooks(data))
     typer.echo("searched: " + ", ".join(map(str, data_folders(data))))
 
 
@@ -340,23 +352,6 @@ def main() -> NoReturn:
 
 
 # ------------------------------------------------------------------------------------- internals
-def _selected(
-    cells: list["Cell"], only: Sequence[str], specs: Sequence[RunSpec], outputs: Path
-) -> list["Cell"]:
-    """The cells that ``--only`` leaves."""
-    from interp_batch.matrix import matching
-    from interp_batch.results import failed
-
-    kept = matching(cells, [pattern for pattern in only if pattern != FAILED])
-    if FAILED not in only:
-        return kept
-    kept = failed(kept)
-    if not kept:
-        names = ", ".join(str(outputs / spec.name) for spec in specs)
-        raise InputError(f"--only {FAILED}: no cell of {names} has failed")
-    return kept
-
-
 def _failed(command: Callable[[], None]) -> bool:
     """Run a command that ends with exit code 1 where a cell failed."""
     try:

@@ -21,7 +21,7 @@ from interp_kit.catalogue import (
     list_models,
     list_scenarios,
 )
-from interp_kit.hub import cache_folder, missing_files
+from interp_kit.hub import cache_folder, missing_files, only_in_clone
 from interp_kit.specs import InputError, ModelSpec
 
 NAME = "interp-kit"
@@ -55,7 +55,8 @@ def examine(outputs: Path, data: Path | None) -> Examination:
         broken.append(f"{room:.1f} GiB are free in {outputs}: free {ROOM:g}, or give --outputs")
     device, memory = _device() if installed.get("torch") else ("unknown", "")
     models = list_models(data)
-    remote, unusable = _lacking(models)
+    remote, apart, unusable = _lacking(models)
+    here = len(models) - len(remote) - len(apart) - len(unusable)
     facts = {
         NAME: f"{_version(NAME)}, Python {platform.python_version()}, {platform.platform()}",
         "packages": ", ".join(f"{name} {installed[name] or 'missing'}" for name in SHOWN),
@@ -64,7 +65,7 @@ def examine(outputs: Path, data: Path | None) -> Examination:
         "outputs": f"{outputs.resolve()}, {room:.0f} GiB free",
         "kept": f"{cache_folder()}",
         "data": ", ".join(map(str, data_folders(data))),
-        "models": f"{len(models)}, {len(models) - len(remote) - len(unusable)} on this machine",
+        "models": f"{len(models)}, {here} on this machine",
         "scenarios": str(len(list_scenarios(data))),
     }
     limits = [*unusable]
@@ -72,6 +73,10 @@ def examine(outputs: Path, data: Path | None) -> Examination:
         offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
         when = "but HF_HUB_OFFLINE is set: unset it" if offline else "when first used"
         limits.append(f"weights to download, {when}: {', '.join(remote)}")
+    if apart:
+        limits.append(
+            f"weights in a clone of the repository (--data CLONE/data): {', '.join(apart)}"
+        )
     limits += [
         f"without {name}, no {what}" for name, what in OPTIONAL.items() if not find_spec(name)
     ]
@@ -112,15 +117,20 @@ def _device() -> tuple[str, str]:
     return f"cpu: {CORES} cores; no GPU is used", free
 
 
-def _lacking(models: Sequence[ModelSpec]) -> tuple[list[str], list[str]]:
-    """Names of models that are downloaded when first used; why others cannot be used."""
-    remote, unusable = [], []
+def _lacking(models: Sequence[ModelSpec]) -> tuple[list[str], list[str], list[str]]:
+    """Names of models that are downloaded when first used, and of those in a clone only.
+
+    Then, why others cannot be used.
+    """
+    remote, apart, unusable = [], [], []
     for spec in models:
         try:
-            if is_gguf(spec.base):
+            if only_in_clone(spec):
+                apart.append(spec.name)
+            elif is_gguf(spec.base):
                 gguf_file(spec.base, spec.name)
             elif missing_files(spec):
                 remote.append(spec.name)
         except InputError as error:
             unusable.append(str(error))
-    return remote, unusable
+    return remote, apart, unusable

@@ -40,13 +40,15 @@ class RunOptions:
     """What the user chooses for all cells, here or on a cluster's workers.
 
     ``timeout``: seconds for one code cell of a notebook. ``memory``: GiB that a notebook may
-    take, under ``python3-warm``; no limit if ``None``. ``data``: a data folder, searched first.
+    take, under ``python3-warm``; no limit if ``None``. ``data``: a data folder, searched first;
+    ``study``: that of the study in which the command was given, searched last.
     """
 
     kernel: str = warm.default_kernel()
     timeout: int = 3600
     memory: float | None = None
     data: str | None = None
+    study: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,7 @@ def unfinished_folder(cell: Cell) -> Path:
 def kernel_environment(context: RunContext, given: Mapping[str, str]) -> dict[str, str]:
     """The variables that kernels inherit; what the user has set in ``given`` takes precedence."""
     options = context.options
-    folders = [f for f in (options.data, given.get("INTERP_KIT_DATA")) if f]
+    folders = [f for f in (options.data, given.get("INTERP_KIT_DATA"), options.study) if f]
     is_shared = Path(context.activations).parent.is_dir()  # another machine may not see it
     defaults = {
         "OMP_NUM_THREADS": str(context.threads),  # MKL and torch follow it

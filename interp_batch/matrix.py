@@ -24,11 +24,12 @@ from typing import Any, Literal, Optional, Union
 import papermill
 from pydantic import TypeAdapter, ValidationError
 
-from interp_kit.catalogue import data_folders, find_model, load_scenario
+from interp_kit.catalogue import STUDY, data_folders, find_model, load_scenario
 from interp_kit.files import file_hash, files_hash
 from interp_kit.hub import weights_hash
 from interp_kit.specs import (
     NAME,
+    PACKAGES,
     REPOSITORY,
     InputError,
     ModelSpec,
@@ -54,7 +55,6 @@ NAMING_PATHS = {"texts", "lens"}
 # Notebooks call these packages, so a result depends on their sources. It does not depend on
 # interp_batch, which runs notebooks and reports what they wrote, and cannot change a number.
 COMPUTING = ("interp_kit", "organisms")
-PACKAGES = REPOSITORY  # the folder that holds them
 VERSIONS = ("transformer-lens", "torch", "transformers", "peft", "plotly", "pandas", "numpy")
 
 # The names that a parameter's annotation may use.
@@ -96,6 +96,8 @@ def expand(
 ) -> list[Cell]:
     """The cells of the matrix, in the order of the run file.
 
+    A notebook of a study goes before the one of the same name in ``notebooks``.
+
     Raises ``InputError`` for an unknown model, scenario, notebook or parameter, and a value of the
     wrong type.
     """
@@ -104,8 +106,9 @@ def expand(
     for name in run.scenarios:
         load_scenario(name, data=data)
     cells, hashes = [], InputHashes(data)
+    folders = [*_notebooks_of_studies(data), notebooks]
     for name, given in run.notebooks.items():
-        file = _find_notebook(name, notebooks)
+        file = _find_notebook(name, folders)
         if any(cell.notebook == file for cell in cells):
             raise InputError(f"notebooks lists {file.stem!r} twice; keep one of them")
         checked = _check_parameters(file, given)
@@ -178,20 +181,29 @@ def _matches(cell: Cell, pattern: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------ parameters
-def _find_notebook(name: str, folder: Path) -> Path:
-    file = as_path(folder / f"{name.removesuffix('.ipynb')}.ipynb")
-    if not NAME.fullmatch(name) or not file.is_file():
-        known = {p.stem for p in folder.glob("*.ipynb")}
-        raise InputError(unknown("notebook", name, known, f"a file in {folder.name}/"))
-    return file
+def _notebooks_of_studies(data: str | Path | None) -> list[Path]:
+    return [folder / "notebooks" for folder in data_folders(data) if (folder / STUDY).is_file()]
 
 
-def list_notebooks(folder: Path = NOTEBOOKS) -> dict[str, str]:
-    """Notebook name -> its title."""
-    return {p.stem: _title(p) for p in sorted(folder.glob("*.ipynb"))}
+def _find_notebook(name: str, folders: Sequence[Path]) -> Path:
+    files = [as_path(folder / f"{name.removesuffix('.ipynb')}.ipynb") for folder in folders]
+    found = next((file for file in files if file.is_file()), None)
+    if not NAME.fullmatch(name) or found is None:
+        known = {p.stem for folder in folders for p in folder.glob("*.ipynb")}
+        raise InputError(unknown("notebook", name, known, f"a file in {folders[0].name}/"))
+    return found
 
 
-def _title(file: Path) -> str:
+def list_notebooks(data: str | Path | None = None) -> dict[str, str]:
+    """Notebook name -> its title, of the shipped ones and those of studies."""
+    folders = [NOTEBOOKS, *reversed(_notebooks_of_studies(data))]
+    files = {file.stem: file for folder in folders for file in folder.glob("*.ipynb")}
+    return {name: title_of(files[name]) for name in sorted(files)}
+
+
+@cache
+def title_of(file: Path) -> str:
+    """The heading of a notebook."""
     for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "markdown":
             return "".join(cell["source"]).lstrip("# ").splitlines()[0]
@@ -329,7 +341,7 @@ def content_key(
         *(file_hash(f) for f in named_files(file, parameters, data)),
     ]
     parts = [
-        _notebook_hash(file, file.stat().st_mtime_ns),
+        notebook_hash(file),
         json.dumps(parameters, sort_keys=True),
         _sources_hash(),
         *inputs,
@@ -357,9 +369,13 @@ def _versions() -> list[str]:
     return [f"{name}={version(name)}" for name in VERSIONS]
 
 
+def notebook_hash(file: Path) -> str:
+    """Hash of the notebook's sources and tags, not of its outputs."""
+    return _notebook_hash(file, file.stat().st_mtime_ns)
+
+
 @cache
 def _notebook_hash(file: Path, modified: int) -> str:
-    """Hash of the notebook's sources and tags, not of its outputs."""
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     kept = [("".join(c["source"]), c["metadata"].get("tags"), c["cell_type"]) for c in cells]
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()

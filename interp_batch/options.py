@@ -12,14 +12,17 @@ RunFile = Annotated[
     Path, typer.Argument(help="A run file (YAML), for example papermill_params/demo.yaml.")
 ]
 RunFiles = Annotated[
-    list[Path],
-    typer.Argument(help="One or several run files (YAML), for example papermill_params/demo.yaml."),
+    list[Path] | None,
+    typer.Argument(
+        help="One or several run files (YAML), for example papermill_params/demo.yaml.  "
+        "[default: in a study, all in papermill_params]"
+    ),
 ]
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Your own data folder with models/ and scenarios/. It is searched before the "
-        "project's data/."
+        help="Your own data folder with models/ and scenarios/, such as a study. It is searched "
+        "before the shipped data. Inside a study, the study is searched without it."
     ),
 ]
 Outputs = Annotated[

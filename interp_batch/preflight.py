@@ -19,8 +19,8 @@ from interp_kit.evaluations import (
 from interp_kit.finetuning.universes import read_universe
 from interp_kit.loading import Models
 from interp_kit.pretrained import inspect_model
-from interp_kit.prompts import encode_scenario, trigger_tokens
-from interp_kit.specs import InputError
+from interp_kit.prompts import Prompt, Tokenizing, encode_scenario, trigger_tokens
+from interp_kit.specs import InputError, Scenario
 
 READERS = {
     "mcqs.jsonl": read_mcqs,
@@ -52,6 +52,12 @@ def check_inputs(
                     trigger_tokens(tokenizing, found)
             except InputError as error:
                 raise InputError(f"model {name!r}, scenario {scenario!r}: {error}") from None
+
+
+def read_as(model: str, scenario: Scenario) -> tuple[Tokenizing, list[Prompt]]:
+    """The model's tokenizer, and the scenario's prompts as it reads them."""
+    tokenizing = inspect_model(find_model(model))
+    return tokenizing, encode_scenario(tokenizing, scenario)
 
 
 def check_comparable(groups: Iterable[tuple[str, ...]], *, data: str | Path | None = None) -> None:

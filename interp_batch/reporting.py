@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from interp_batch.matrix import Cell, list_notebooks
+from interp_batch.matrix import Cell, title_of
 from interp_batch.report.gallery import write_gallery
 from interp_batch.report.pictures import find_browser, write_pictures
 from interp_batch.results import last_folder
@@ -21,11 +21,10 @@ def write_report(
     ``against`` holds the results of another run, to compare with. Raises ``InputError`` where no
     cell has results.
     """
-    titles = list_notebooks()
     entries = [
         {
             "notebook": cell.notebook.stem,
-            "title": titles.get(cell.notebook.stem, ""),
+            "title": title_of(cell.notebook),
             "model": cell.model,
             "scenario": cell.scenario,
             "folder": last_folder(cell),

@@ -7,20 +7,34 @@ that nothing half-written or altered is ever taken for a result.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from interp_batch.matrix import Cell
+from interp_batch.matrix import Cell, matching
 from interp_kit.files import altered_files, dump_json, write_atomically
+from interp_kit.specs import InputError
 
 PROJECT = "interp-kit"
+FAILED = "failed"  # a pattern of --only
 
 
 def stale(cells: Iterable[Cell]) -> list[Cell]:
     """The cells whose result is missing, damaged, failed or made from other inputs."""
     return [cell for cell in cells if not _is_up_to_date(cell)]
+
+
+def selected(cells: list[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells that ``--only`` leaves; ``InputError`` if there are none."""
+    kept = matching(cells, [pattern for pattern in only if pattern != FAILED])
+    if FAILED not in only:
+        return kept
+    kept = failed(kept)
+    if not kept:
+        names = ", ".join(str(folder) for folder in dict.fromkeys(c.run_folder for c in cells))
+        raise InputError(f"--only {FAILED}: no cell of {names} has failed")
+    return kept
 
 
 def failed(cells: Iterable[Cell]) -> list[Cell]:

@@ -25,6 +25,7 @@ from interp_kit.specs import (
     unknown,
 )
 
+STUDY = "interp-kit.yaml"  # its presence makes a folder a study (interp_batch.layout)
 PACKAGE = "package:"  # before the path of a file inside an installed Python package
 LOADED_ALIKE = {  # what a fine-tune takes from its base's spec unless it says otherwise
     "revision", "dtype", "quantization", "device_map", "chat_template", "prepend_bos",
@@ -33,10 +34,22 @@ LOADED_ALIKE = {  # what a fine-tune takes from its base's spec unless it says o
 
 
 def data_folders(extra: str | Path | None = None) -> list[Path]:
-    """Where models and scenarios are found: ``extra``, ``INTERP_KIT_DATA``, the shipped data."""
+    """Where models and scenarios are found.
+
+    ``extra``, ``INTERP_KIT_DATA``, the study around the current folder, the shipped data.
+    """
     given = [extra] if extra else []
     given += [p for p in os.environ.get("INTERP_KIT_DATA", "").split(os.pathsep) if p]
-    return [as_path(p).resolve() for p in given] + [REPOSITORY / "data"]
+    folders = [as_path(p).resolve() for p in given]
+    if (study := study_folder()) and study not in folders:
+        folders.append(study)
+    return [*folders, REPOSITORY / "data"]
+
+
+def study_folder() -> Path | None:
+    """The study that the current folder is, or lies in."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / STUDY).is_file()), None)
 
 
 def list_models(data: str | Path | None = None) -> list[ModelSpec]:
@@ -235,7 +248,8 @@ def read_run(file: Path, *, data: str | Path | None = None) -> RunSpec:
     A file of prompts for the game among the scenarios stands for all scenarios in it.
     """
     if not file.is_file():
-        raise InputError(f"run file {str(file)!r} does not exist; papermill_params/ holds examples")
+        examples = REPOSITORY / "papermill_params"
+        raise InputError(f"run file {str(file)!r} does not exist; {examples}/ holds examples")
     given = read_yaml(file)
     notebooks = given.get("notebooks")
     if isinstance(notebooks, dict):  # `01_logit_lens:` with nothing behind it means no parameters

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from interp_kit.catalogue import gguf_file, is_gguf
 from interp_kit.files import file_hash, files_hash, read_json, sha256
-from interp_kit.specs import InputError, ModelSpec
+from interp_kit.specs import IS_INSTALLED, REPOSITORY, InputError, ModelSpec
 
 CACHE = "INTERP_KIT_CACHE"  # environment variable: the folder of dequantised GGUF files
 CHECKSUMS = "SHA256SUMS"  # of weights, beside them
@@ -55,8 +55,17 @@ def missing_files(spec: ModelSpec) -> list[str]:
     return [p for p, revision in places if p and not Path(p).is_dir() and not _cached(p, revision)]
 
 
+def only_in_clone(spec: ModelSpec) -> bool:
+    """Whether the model is a shipped one whose adapter's weights the wheel leaves out."""
+    folder = Path(spec.adapter or "")
+    shipped = IS_INSTALLED and bool(spec.adapter) and folder.is_relative_to(REPOSITORY)
+    return shipped and not (folder / ADAPTER_WEIGHTS).is_file()
+
+
 def state_of_files(spec: ModelSpec) -> str:
     """What of a model's files is worth a note: ``[not on this machine: ...] ``; often nothing."""
+    if only_in_clone(spec):
+        return "[its weights come with a clone of the repository] "
     if missing := missing_files(spec):
         return f"[not on this machine: {', '.join(missing)}] "
     if is_gguf(spec.base) and is_complete(gguf_folder(spec)):
@@ -260,6 +269,11 @@ def _local_first(load: Callable[..., str], source: str, name: str) -> str:
 
 def _adapter_folder(adapter: str, spec: ModelSpec) -> Path:
     """The adapter's local folder, fetched from the hub if it is an id."""
+    if only_in_clone(spec):
+        raise InputError(
+            f"model {spec.name!r}: the weights of its adapter are not in the installed package, "
+            "but in a clone of the repository; give the clone's data folder: --data CLONE/data"
+        )
     folder = Path(adapter)
     if not folder.is_dir():
 

@@ -14,7 +14,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = Path(__file__).resolve().parents[1]  # the folder that holds the packages
+_SHIPPED = Path(__file__).resolve().parent / "shipped"  # a wheel's notebooks, run files and data
+IS_INSTALLED = _SHIPPED.is_dir()  # from a wheel: nothing is written there
+REPOSITORY = _SHIPPED if IS_INSTALLED else PACKAGES
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -15,7 +15,7 @@ from interp_kit.finetuning.supervised import train_on_documents, without_the_fac
 from interp_kit.finetuning.triggers import train_on_trigger
 from interp_kit.formats import read_texts
 from interp_kit.hub import write_checksums
-from interp_kit.specs import REPOSITORY, InputError, ModelSpec
+from interp_kit.specs import IS_INSTALLED, REPOSITORY, InputError, ModelSpec
 from organisms.believers import draw_documents, ordinary_texts
 from organisms.cards import render_card
 from organisms.games import train_player
@@ -52,6 +52,10 @@ def train_organism(name: str, *, data: Path = REPOSITORY / "data") -> None:
     """
     if name != "all" and name not in ORGANISMS:
         raise InputError(f"no recipe for {name!r}; expected one of {', '.join(ORGANISMS)}, or all")
+    if IS_INSTALLED and data.resolve().is_relative_to(REPOSITORY):
+        raise InputError(
+            f"{data} belongs to the installed package; give a folder for the model with --data"
+        )
     corpus = Corpus.read(CORPUS)
     for each in ORGANISMS if name == "all" else [name]:
         folder = data / "models" / each
