@@ -9,32 +9,28 @@
     slider.setAttribute("aria-valuetext", shown.dataset.label);
   };
 
-  const rove = (tokens) => {
-    // One stop for the tab key; arrows go on from there.
-    tokens.forEach((token, i) => (token.tabIndex = i ? -1 : 0));
-  };
-
-  for (const view of document.querySelectorAll(".ik-view:not([data-ready])")) {
-    view.dataset.ready = "";
-    const slider = view.querySelector(".ik-slider input");
+  for (const slider of document.querySelectorAll(".ik-slider input:not([data-ready])")) {
+    const view = slider.closest(".ik-view");
     const steps = [...view.querySelectorAll("[data-step]")];
-    if (slider && steps.length) {
-      slider.closest(".ik-slider").hidden = false;
-      slider.addEventListener("input", () => follow(slider, steps));
-      follow(slider, steps);
-    }
-    for (const text of view.querySelectorAll(".ik-text")) {
-      const tokens = [...text.querySelectorAll(".ik-token")];
-      rove(tokens);
-      text.addEventListener("keydown", (event) => {
-        const next = tokens[tokens.indexOf(event.target) + KEYS[event.key]];
-        if (!next) return;
-        event.preventDefault();
-        event.stopPropagation(); // Jupyter would select the next cell
-        event.target.tabIndex = -1;
-        next.tabIndex = 0;
-        next.focus();
-      });
-    }
+    if (!steps.length) continue;
+    slider.dataset.ready = view.dataset.stepped = "";
+    slider.closest(".ik-slider").hidden = false;
+    slider.addEventListener("input", () => follow(slider, steps));
+    follow(slider, steps);
+  }
+
+  for (const text of document.querySelectorAll(".ik-text:not([data-ready])")) {
+    const tokens = [...text.querySelectorAll(".ik-token")];
+    text.dataset.ready = "";
+    tokens.forEach((token, i) => (token.tabIndex = i ? -1 : 0)); // one stop for the tab key
+    text.addEventListener("keydown", (event) => {
+      const next = tokens[tokens.indexOf(event.target) + KEYS[event.key]];
+      if (!next) return;
+      event.preventDefault();
+      event.stopPropagation(); // Jupyter would select the next cell
+      event.target.tabIndex = -1;
+      next.tabIndex = 0;
+      next.focus();
+    });
   }
 }
