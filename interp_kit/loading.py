@@ -69,11 +69,11 @@ class Models:
 
         ``memory`` is what its base takes with all adapters on it; empty where it is not loaded.
         """
-        rows, bases = [], list(self.memory().itertuples())
+        rows, bases = [], self.memory().to_dict("records")
         for name, spec in self.specs.items():
             row = {"model": name, "base": spec.base_name or spec.base, "adapter": spec.adapter}
             row |= {"dtype": spec.dtype, "quantization": spec.quantization, "device": self.device}
-            sizes = [b.bytes for b in bases if name in (b.base, *b.models.split(", "))]
+            sizes = [b["bytes"] for b in bases if name in (b["base"], *b["models"].split(", "))]
             rows.append(row | {"memory": f"{sizes[0] / 1e6:.1f} MB" if sizes else None})
         return pd.DataFrame(rows).fillna("")
 

@@ -59,7 +59,8 @@ class Look:
             changes = self.patching.pivot(index="component", columns="direction", values="change")
             table = changes.join(table)[["attribution", "denoise", "noise"]]
         by = "denoise" if len(self.patching) else "attribution"
-        table = table.sort_values(by, key=abs, ascending=False).head(STRONGEST)
+        largest = table[by].abs().nlargest(STRONGEST).index
+        table = table.loc[largest]
         return table.rename_axis("component", axis=0).rename_axis(None, axis=1).reset_index()
 
     @property
@@ -68,15 +69,15 @@ class Look:
         own = self.prompt
         sign = signed_axis(own.positive_label, own.negative_label)
         curve = self.lens.assign(series=own.id, low=float("nan"), high=float("nan"))
-        heads = self.attribution[self.attribution.kind == "head"]
+        heads = self.attribution.query("kind == 'head'")
         grid: dict[str, Any] = {"x": "head", "y": "layer", "color_title": "nats"}
         figures: dict[str, go.Figure | ColouredText] = {
             "lens": trajectories(curve, y_title=sign, title="Decision, read after each layer"),
             "heads": heatmap(heads, title="What each head writes", **grid),
         }
         if len(self.patching):
-            chosen = (self.patching["head"] >= 0) & (self.patching.direction == "denoise")
-            patched = self.patching[chosen].assign(value=lambda t: t.change)
+            patched = self.patching.query("head >= 0 and direction == 'denoise'")
+            patched = patched.assign(value=patched.change)
             title = "Change when a head is patched, denoising"
             figures["patched_heads"] = heatmap(patched, title=title, **grid)
             figures["text"] = coloured_text(

@@ -253,7 +253,7 @@ def view_block(title: str, parts: Sequence[Markup]) -> Markup:
     """A whole view, with its title."""
     return Markup(
         '<div class="ik-view" role="group" aria-label="{}"><p class="ik-title">{}</p>{}</div>'
-    ).format(title, visible(title), Markup("").join(parts))
+    ).format(visible(title), visible(title), Markup("").join(parts))
 
 
 def in_jupyter(fragment: Markup) -> str:
@@ -294,7 +294,7 @@ def _legend(title: str, bound: float, sides: Sequence[int]) -> Markup:
         '<p class="ik-legend"><span>{}:</span> <span>{}</span> <span class="ik-scale">{}</span>'
         '{}<span class="ik-scale">{}</span> <span>{}</span></p>'
     ).format(
-        title, number(low * bound), Markup("").join(swatches[:half]), middle,
+        visible(title), number(low * bound), Markup("").join(swatches[:half]), middle,
         Markup("").join(swatches[half:]), number(high * bound),
     )  # fmt: skip
 
@@ -308,4 +308,4 @@ def _slider(label: str, steps: int, start: int) -> Markup:
 
 
 def _step(i: int, label: str) -> Markup:
-    return Markup(' data-step="{}" data-label="{}"').format(i, label)
+    return Markup(' data-step="{}" data-label="{}"').format(i, visible(label))
