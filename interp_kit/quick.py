@@ -54,14 +54,14 @@ class Look:
         ``component``; ``attribution``, what it writes towards the decision; ``denoise`` and
         ``noise``, the change when it alone is patched: all in nats.
         """
-        table = self.attribution.set_index("component").value.rename("attribution").to_frame()
+        table = self.attribution.rename(columns={"value": "attribution"})
+        columns, by = ["component", "attribution"], "attribution"
         if len(self.patching):
             changes = self.patching.pivot(index="component", columns="direction", values="change")
-            table = changes.join(table)[["attribution", "denoise", "noise"]]
-        by = "denoise" if len(self.patching) else "attribution"
-        largest = table[by].abs().nlargest(STRONGEST).index
-        table = table.loc[largest]
-        return table.rename_axis("component", axis=0).rename_axis(None, axis=1).reset_index()
+            table = changes.reset_index().merge(table, on="component")
+            columns, by = [*columns, "denoise", "noise"], "denoise"
+        sized = table[columns].assign(size=lambda t: t[by].abs())
+        return sized.nlargest(STRONGEST, "size").drop(columns="size").reset_index(drop=True)
 
     @property
     def figures(self) -> dict[str, go.Figure | ColouredText]:
@@ -123,7 +123,7 @@ class Look:
 
 
 def look(
-    model: TransformerBridge | str,
+    model: Any,
     prompt: Prompt | str,
     *,
     positive: str | None = None,
@@ -133,8 +133,8 @@ def look(
 ) -> Look:
     """Decision, logit lens and direct attribution of a prompt; with a counterfactual, patching.
 
-    ``model`` is a bridge, or a name as ``load_model`` takes it. Answers and ``counterfactual`` are
-    as in ``encode``; a ``Prompt`` holds them already.
+    ``model`` is a ``TransformerBridge``, or a name as ``load_model`` takes it. Answers and
+    ``counterfactual`` are as in ``encode``; a ``Prompt`` holds them already.
 
     Raises ``InputError`` for what is no bridge, for a counterfactual of another length (words
     could not be patched one by one), and as ``encode``.

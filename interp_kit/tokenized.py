@@ -151,7 +151,7 @@ def _row(
             ).format(
                 "" if name is None else f" ik-segment ik-s{number[name]}",
                 Markup("<mark>{}</mark>").format(shown) if at in (marked or ()) else shown,
-                start + at, start + at, id, "" if name is None else f", {name}",
+                start + at, start + at, id, "" if name is None else visible(f", {name}"),
             )
         )  # fmt: skip
     return Markup('<div class="ik-row"><p class="ik-label">{}</p>{}</div>').format(
