@@ -4,6 +4,7 @@ from .decisions import decide as decide
 from .loading import load_model as load_model
 from .loading import load_models as load_models
 from .passes import shared_passes as shared_passes
-from .prompts import Prompt as Prompt
 from .prompts import encode as encode
 from .prompts import encode_scenario as encode_scenario
+from .quick import look as look
+from .tokenized import Prompt as Prompt

@@ -256,55 +256,6 @@ def token_grid(table: pd.DataFrame, *, title: str) -> go.Figure:
     return _styled(figure, title).update_layout(height=26 * len(grid) + 160)
 
 
-def coloured_text(table: pd.DataFrame, *, row: str, title: str, color_title: str) -> go.Figure:
-    """Texts, a row each, their tokens coloured by a value: expects ``row place token value``."""
-    grid = table.pivot(index=row, columns="place", values="value")
-    words = table.pivot(index=row, columns="place", values="token").fillna("")
-    order = list(dict.fromkeys(table[row]))
-    grid, words = grid.loc[order], words.loc[order]
-    figure = go.Figure(
-        go.Heatmap(
-            z=grid.to_numpy(),
-            x=list(grid.columns),
-            y=[escape(str(name)) for name in order],
-            text=[[escape(repr(token)[1:-1]) for token in line] for line in words.to_numpy()],
-            texttemplate="%{text}",
-            hovertemplate="%{text}: %{z:.3f}<extra></extra>",
-            colorscale="Oranges",
-            zmin=0,
-            xgap=1,
-            ygap=3,
-            colorbar={"title": {"text": color_title, "side": "top"}},
-        )
-    )
-    figure.update_xaxes(title="tokens from the context", zeroline=False)
-    figure.update_yaxes(autorange="reversed", type="category")
-    return _styled(figure, title).update_layout(height=160 + 34 * len(order))
-
-
-def text_grid(table: pd.DataFrame, *, row: str, column: str, title: str) -> go.Figure:
-    """``text`` as a grid of the values of ``row`` and ``column``."""
-    grid = table.pivot(index=row, columns=column, values="text")
-    grid = grid.loc[list(dict.fromkeys(table[row])), list(dict.fromkeys(table[column]))]
-    cells = [grid.index, *(grid[name] for name in grid.columns)]
-    figure = go.Figure(
-        go.Table(
-            header={
-                "values": [escape(str(v)) for v in (row, *grid.columns)],
-                "align": "left",
-                "fill_color": "#E8EEF4",
-            },
-            cells={
-                "values": [[escape(str(v)) for v in values] for values in cells],
-                "align": "left",
-                "fill_color": "white",
-                "line_color": "#D0D0D0",
-            },
-        )
-    )
-    return _styled(figure, title).update_layout(height=min(700, 40 * len(grid) + 160))
-
-
 def attention_view(words: Sequence[str], patterns: Float[np.ndarray, "head pos pos"]) -> HTML:
     """Interactive attention patterns by circuitsvis, ``[head, destination, source]``.
 

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import pandas as pd
 import torch
 from jaxtyping import Float
+from markupsafe import Markup
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -26,6 +27,7 @@ from interp_kit.lora import activate, adapted_modules, own_copy, vocabulary
 from interp_kit.parts import exchanged, weights_of
 from interp_kit.pretrained import Loaded, boot, boot_merged, check_bridge, inspect_model, locate
 from interp_kit.specs import InputError, ModelSpec
+from interp_kit.views import in_jupyter, view_block
 
 Key = tuple[Hashable, ...]  # what models have in common that share a base in memory
 _LOADED = "_interp_kit_loaded"  # on the bridge itself: what is known of it is freed with it
@@ -54,6 +56,26 @@ class Models:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
+
+    def __repr__(self) -> str:
+        return self.overview().to_string(index=False)
+
+    def _repr_html_(self) -> str:
+        table = self.overview().to_html(index=False, border=0, classes="ik-table")
+        return in_jupyter(view_block("Models", [Markup(table)]))
+
+    def overview(self) -> pd.DataFrame:
+        """A row a model: ``model base adapter dtype quantization device memory``.
+
+        ``memory`` is what its base takes with all adapters on it; empty where it is not loaded.
+        """
+        rows, bases = [], self.memory().to_dict("records")
+        for name, spec in self.specs.items():
+            row = {"model": name, "base": spec.base_name or spec.base, "adapter": spec.adapter}
+            row |= {"dtype": spec.dtype, "quantization": spec.quantization, "device": self.device}
+            sizes = [b["bytes"] for b in bases if name in (b["base"], *b["models"].split(", "))]
+            rows.append(row | {"memory": f"{sizes[0] / 1e6:.1f} MB" if sizes else None})
+        return pd.DataFrame(rows).fillna("")
 
     def title(self, name: str) -> str:
         """How figures and tables call the model."""

@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from interp_kit.specs import InputError, Scenario
+from interp_kit.tokenized import Prompt as Prompt
+from interp_kit.tokenized import Segment as Segment
 
 Sign = Literal["positive", "negative"]
 PLACE = "=place="  # stands for a prompt, to see where a chat template puts it
@@ -25,73 +26,6 @@ class Tokenizing(Protocol):
 
     tokenizer: Any
     cfg: Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A named part of a prompt: its token positions, and those of its counterfactual."""
-
-    name: str
-    positions: tuple[int, ...]
-    counterfactual: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One prompt and its two answers as token ids; for a bridge without a tokenizer, made of these.
-
-    ``text`` is what was tokenized, chat template included; ``counterfactual`` are the token ids of
-    the prompt that asks for the other answer, if there is one.
-    """
-
-    id: str = "0"
-    group: str = ""
-    text: str = ""
-    tokens: tuple[int, ...]
-    positive: tuple[int, ...]
-    negative: tuple[int, ...]
-    positive_label: str = "positive"
-    negative_label: str = "negative"
-    counterfactual: tuple[int, ...] | None = None
-    segments: tuple[Segment, ...] = ()
-
-    @property
-    def shared(self) -> tuple[int, ...]:
-        """The tokens that both answers begin with."""
-        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(self.positive, self.negative))
-        return tuple(first for first, _ in pairs)
-
-    @property
-    def branch(self) -> tuple[int, ...]:
-        """Prompt and shared tokens: the answers differ in the token after them."""
-        return self.tokens + self.shared
-
-    @property
-    def branch_ids(self) -> tuple[int, int]:
-        """The first tokens in which the answers differ: (positive, negative)."""
-        at = len(self.shared)
-        return self.positive[at], self.negative[at]
-
-    @property
-    def one_branch(self) -> bool:
-        """Whether the answers differ in their last token only."""
-        return self.positive[:-1] == self.negative[:-1]
-
-    def swapped(self) -> "Prompt":
-        """The counterfactual as a prompt of its own, with this one as its counterfactual."""
-        if self.counterfactual is None:
-            raise InputError(f"prompt {self.id!r} has no counterfactual; add one to the scenario")
-        return replace(
-            self,
-            id=f"{self.id}*",
-            text="",
-            tokens=self.counterfactual,
-            counterfactual=self.tokens,
-            segments=tuple(
-                replace(s, positions=s.counterfactual, counterfactual=s.positions)
-                for s in self.segments
-            ),
-        )
 
 
 def encode(
@@ -150,6 +84,7 @@ def encode(
             _segment(bridge, id, name, parts, text, counterfactual, as_turn)
             for name, parts in (segments or {}).items()
         ),
+        decode=bridge.tokenizer.decode,
     )
     _check(bridge, prompt, positive, negative)
     return prompt

@@ -17,6 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from interp_kit.files import dump_json, write_atomically
+from interp_kit.views import View
 
 PACKAGES = ("interp-kit", "transformer-lens", "torch", "transformers", "peft")
 MEASURED = ("nats", "logits")  # rounding errors have these units
@@ -109,7 +110,7 @@ def record(
     *,
     table: pd.DataFrame,
     summary: Summary,
-    figures: Mapping[str, go.Figure],
+    figures: Mapping[str, go.Figure | View],
     noise_floor: float,
     tables: Mapping[str, pd.DataFrame] | None = None,
     answers: Mapping[str, str] | None = None,
@@ -118,6 +119,7 @@ def record(
 ) -> None:
     """Write ``table.parquet``, ``table.csv``, ``summary.json`` and ``figures/*.json``.
 
+    Figures are plotly's, or views (``interp_kit.views``), which are text.
     ``tables`` are further tables, written as ``NAME.csv``; ``answers`` (question -> answer, as
     ``show`` checks them) head the report; ``headline`` (figure -> how to read it) names the figures
     that show them, of those that there are; ``about`` goes into the summary (model, seed).

@@ -23,10 +23,11 @@ from interp_batch.report.findings import compare, findings, read_folder
 from interp_batch.report.gallery import write_gallery
 from interp_batch.report.pictures import find_browser, write_pictures
 from interp_batch.report.policy import crisp_image_style, stylesheet_ids
-from interp_kit.figures import bars, heatmap, text_grid, token_grid, trajectories
+from interp_kit.figures import bars, heatmap, token_grid, trajectories
 from interp_kit.files import dump_json
 from interp_kit.records import named, provenance, record
 from interp_kit.scorecard import known_cases, read_scorecard, sentence
+from interp_kit.views import coloured_text, side_by_side
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'\u2028&</script><!--"
 LAYERS = pd.DataFrame({"layer": [-1, 0, 1], "value": [0.0, 1.0, -2.0], "series": "a"})
@@ -69,7 +70,11 @@ def write_cell(
 
 def hostile_figures():
     tokens = pd.DataFrame({"layer": [0], "rank": [1], "token": [EVIL], "p": [0.5]})
-    texts = pd.DataFrame({"model": [EVIL], "prompt": ["p"], "text": [EVIL]})
+    texts = pd.DataFrame(
+        {"model": ["a", EVIL, "c"], "prompt": "p", "text": ["so it is", EVIL, "so it was"]}
+    )
+    values = [*range(-10, 11), None]  # every colour
+    coloured = pd.DataFrame({"row": EVIL, "token": [EVIL, *["a b\n"] * 21], "value": values})
     raw = trajectories(LAYERS, y_title="nats", title="raw")
     raw.update_layout(title=EVIL).update_traces(name=EVIL)  # as if nobody had escaped it
     return {
@@ -83,7 +88,8 @@ def hostile_figures():
             title=EVIL, color_title="nats", x_labels=[EVIL],
         ),
         "tokens": token_grid(tokens, title=EVIL),
-        "texts": text_grid(texts, row="prompt", column="model", title=EVIL),
+        "texts": side_by_side(texts, row="prompt", column="model", title=EVIL, slider=EVIL),
+        "coloured": coloured_text(coloured, row="row", title=EVIL, value_title=EVIL),
         "raw": raw,
     }  # fmt: skip
 
@@ -212,7 +218,8 @@ def test_damaged_files_are_named_and_stop_nothing(run):
     assert "summary.json: is not what the run wrote" in damaged
     assert 'data-sort="9.0"' not in text
     page = (run / "04_damaged" / "plain" / "one" / "index.html").read_text()
-    assert page.count('class="plot"') == 5
+    assert page.count('class="plot"') == 4
+    assert page.count('class="ik-view"') == 2
     assert "<b>much" not in page
 
 
@@ -328,8 +335,9 @@ def test_a_damaged_figure_does_not_stop_the_pictures_of_others(tmp_path, monkeyp
     monkeypatch.setattr("plotly.io.write_images", lambda figures, files, width: given.extend(files))
     record(tmp_path, table=LAYERS, summary={}, figures=hostile_figures(), noise_floor=0.0)
     (tmp_path / "figures" / "bars.json").write_text('{"data": [')
-    assert write_pictures(tmp_path, browser="none") == 5
-    assert {file.name for file in given} == {f"{n}.png" for n in hostile_figures()} - {"bars.png"}
+    assert write_pictures(tmp_path, browser="none") == 4
+    drawn = {f"{n}.png" for n in ("lines", "grid", "tokens", "raw")}  # views are text
+    assert {file.name for file in given} == drawn
 
 
 # --------------------------------------------------------------------------------- that it is safe

@@ -36,6 +36,7 @@ from interp_kit.records import GIVES, sentence
 from interp_kit.scorecard import METHODS, known_cases, read_scorecard
 from interp_kit.scorecard import sentence as known_sentence
 from interp_kit.specs import NAME, InputError
+from interp_kit.views import read_view
 
 ENDED = {"ok": "ok", "error": "failed", "damaged": "damaged", "not run": "not run"}
 NOT_LISTED = ("index.html", "status.json")
@@ -209,6 +210,10 @@ def _write_page(
     return problems
 
 
+class _Kind(BaseModel):
+    view: str = ""  # of a view (``interp_kit.views``); a figure of plotly has none
+
+
 class _Figure(BaseModel):
     data: list[dict[str, Any]]
     layout: dict[str, Any] = {}
@@ -216,6 +221,10 @@ class _Figure(BaseModel):
 
 def _figure(file: Path) -> dict[str, Any]:
     text = file.read_text(encoding="utf-8")
+    shown = {"name": file.stem, "href": quote(f"figures/{file.name}"), "html": "", "picture": ""}
+    if _Kind.model_validate_json(text).view:
+        view = read_view(text)
+        return shown | {"title": view.title, "text": view.words(), "html": view.fragment()}
     figure = _Figure.model_validate_json(text)
     title = _title(figure.layout) or file.stem
     axes = {k: _title(v) for k, v in figure.layout.items() if re.match("[xy]axis", k)}
@@ -223,11 +232,9 @@ def _figure(file: Path) -> dict[str, Any]:
     series = [_plain_text(trace.get("name")) for trace in figure.data]
     parts = [title, *_named("across", x_titles), *_named("up", y_titles), *_named("shown", series)]
     picture = file.with_suffix(".png")
-    return {
-        "name": file.stem,
+    return shown | {
         "title": title,
         "text": ". ".join(part.rstrip(".") for part in parts) + ".",
-        "href": quote(f"figures/{file.name}"),
         "picture": quote(f"figures/{picture.name}") if picture.is_file() else "",
         "spec": _harmless(text),
     }

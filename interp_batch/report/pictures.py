@@ -1,5 +1,6 @@
 """Writes a run's figures as PNG files, with a headless browser."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -34,8 +35,9 @@ def write_pictures(folder: Path, *, browser: str) -> int:
 
 
 def _read(file: Path) -> BaseFigure | None:
-    """The figure; ``None`` if the file is damaged, which the report shows."""
+    """The figure; ``None`` for a view, which is text, and for a file that is damaged."""
     try:
-        return plotly.io.from_json(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        return None if "view" in json.loads(text) else plotly.io.from_json(text)
     except (OSError, ValueError):
         return None

@@ -20,12 +20,16 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from interp_kit.views import assets
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def inlined(*scripts: str) -> dict[str, str]:
-    """``script``, ``style`` and ``policy`` of a page; its ``scripts`` become one."""
-    code, style = "".join(map(_template, scripts)), _template("report.css")
+    """``script``, ``style`` and ``policy`` of a page; with views' own, ``scripts`` become one."""
+    of_views = assets()
+    code = "".join([*map(_template, scripts), of_views["js"]])
+    style = _template("report.css") + of_views["css"]
     rules = {"default-src": "'none'", "script-src": _hash(code), "style-src": _hash(style)}
     # Plotly is loaded by the script, fills empty styles, and draws heat maps as images.
     rules["script-src"] += " 'strict-dynamic'"
