@@ -140,8 +140,9 @@ def _notebooks() -> str:
         reading = reading.removeprefix("## Reading").strip()
         if reading.endswith(":"):  # the numbers follow in the notebook
             reading = re.sub(r"(?:^|(?<=[.:]\s))[^.:]*:$", "", reading).strip()
-        title = prose[0].splitlines()[0].removeprefix("# ")
-        lines += ["", f"## {title}", "", f"`{file.stem}`", "", reading, ""]
+        title, _, needs = prose[0].splitlines()[:3]
+        title = title.removeprefix("# ")
+        lines += ["", f"## {title}", "", f"`{file.stem}`", "", needs, "", reading, ""]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         lines += [f"- {how}" for how in _headline(code)]
     return "\n".join(lines) + "\n"

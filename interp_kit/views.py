@@ -17,6 +17,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 STEPS = 10  # colours on either side of zero
+ANOTHER_TEXT = 1 / 3  # of two texts' words in common, below which they are not compared
 # Control characters, and those that turn the direction of text: they are shown as their escapes.
 INVISIBLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
@@ -79,7 +80,8 @@ class ColouredText(_View):
 
     def words(self) -> str:
         labels = ", ".join(row.label for row in self.rows)
-        return f"{self.title}. Colour: {self.value_title}. Shown: {labels}."
+        which = (self.slider or "shown").capitalize()
+        return f"{self.title}. Colour: {self.value_title}. {which}: {labels}."
 
     def fragment(self) -> Markup:
         values = [value for row in self.rows for value in row.values if value is not None]
@@ -131,7 +133,10 @@ class SideBySide(_View):
 
     def fragment(self) -> Markup:
         dosed = bool(self.slider) and len(self.columns) > 1
-        parts = [_slider(self.slider, len(self.columns) - 1, 0)] if dosed else []
+        others = range(1, len(self.columns))
+        differ = (i for i in others if any(row.texts[i] != row.texts[0] for row in self.rows))
+        start = next(differ, 1) - 1  # the first dose that does something
+        parts = [_slider(self.slider, len(others), start)] if dosed else []
         for row in self.rows:
             cells = []
             for i, (column, text) in enumerate(zip(self.columns, row.texts)):
@@ -233,10 +238,15 @@ def visible(text: str, *, spaces: bool = False) -> Markup:
 
 
 def marked(reference: str, text: str) -> Markup:
-    """The text; words that do not stand in the reference at that place are marked."""
+    """The text; words that do not stand in the reference at that place are marked.
+
+    All of it is marked where the two share fewer than a third of their words.
+    """
     ours, theirs = WORD.findall(text), WORD.findall(reference)
     matcher = SequenceMatcher(a=theirs, b=ours, autojunk=False)
     parts = []
+    if matcher.ratio() < ANOTHER_TEXT:  # a word that both happen to have is no agreement
+        return Markup("<mark>{}</mark>").format(visible(text)) if text else Markup("")
     for kind, _, _, first, last in matcher.get_opcodes():
         part = visible("".join(ours[first:last]))
         if part:

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import yaml
 
+from interp_batch.needs import needs_of
 from interp_kit.specs import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -119,6 +120,26 @@ def test_a_notebook_is_a_document(file):
     headings = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown").lower()
     for part in ("check", "control", "## reading", "## limits"):
         assert part in headings, f"no {part} in {file.name}"
+
+
+NAMED_NEEDS = {  # in a notebook's metadata, and in the line that it opens with
+    "counterfactuals": "counterfactuals",
+    "two prompts": "two prompts or more",
+    "two models": "two models or more",
+    "trigger": "a trigger",
+    "neutral texts": "neutral texts",
+    "documents": "documents",
+    "comparable models": "of one architecture and vocabulary",
+}
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_opens_with_what_it_needs_and_how_long_it_takes(file):
+    line = nbformat.read(file, 4).cells[0].source.splitlines()[2]
+    said = re.fullmatch(r"\*Needs (.+?)\. Takes (\d+ (?:min|s)\b.*), on two CPU cores\.\*", line)
+    assert said is not None, line
+    for need in needs_of(file):
+        assert NAMED_NEEDS.get(need, f"`{need}`") in said[1]
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,6 +1,7 @@
 """``look`` and how things show themselves in Jupyter: what the analyses say, and nothing else."""
 
 import re
+from typing import Any
 
 import pytest
 from pandas.testing import assert_frame_equal
@@ -15,7 +16,7 @@ from tests.test_views import EVIL, Page
 from tests.tiny import save_tiny
 
 TEXT, OTHER = " ba de fi go mu", " ba de ki go mu"
-ANSWERS = {"positive": " ta", "negative": " su"}
+ANSWERS: dict[str, Any] = {"positive": " ta", "negative": " su"}
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -130,7 +131,7 @@ def test_a_prompt_shows_tokens_positions_parts_and_answers(bridge):
     assert "fi go mu" in shown
     assert "\n" not in shown
     assert repr(prompt.swapped()).startswith(
-        f"Prompt('0*': {prompt.decode(prompt.counterfactual)!r}"
+        f"Prompt('0*': {''.join(prompt.spelled(prompt.counterfactual or ()))!r}"
     )
 
 

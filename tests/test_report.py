@@ -501,6 +501,35 @@ def test_figures_answer_to_the_mouse(run, tab):
     tab.wait("document.querySelector('.plot .hovertext')")
 
 
+def test_a_slider_shows_one_dose_beside_the_first_column(run, tab):
+    tab.open(cell_page(run))
+    slider = "document.querySelector('.ik-slider input')"
+    heads = (
+        f"[...{slider}.closest('.ik-view').querySelectorAll('.ik-head')]"
+        ".filter(h => h.checkVisibility()).map(h => h.textContent)"
+    )
+    assert tab.js(f"{slider}.checkVisibility()")
+    assert tab.js(heads)[::2] == ["a"]
+    assert tab.js(heads)[1].startswith("<script>alert(1)")
+    tab.js(f"{slider}.value = 1; {slider}.dispatchEvent(new Event('input'))")
+    assert tab.js(heads) == ["a", "c"]
+    assert tab.js(f"{slider}.ariaValueText || {slider}.getAttribute('aria-valuetext')") == "c"
+    tab.send("Emulation.setEmulatedMedia", media="print")
+    assert len(tab.js(heads)) == 3  # paper has no slider
+    tab.send("Emulation.setEmulatedMedia", media="")
+
+
+def test_arrows_go_from_token_to_token_and_show_its_value(run, tab):
+    tab.open(cell_page(run))
+    tokens = "[...document.querySelectorAll('.ik-token')]"
+    assert tab.js(f"{tokens}.filter(t => t.tabIndex === 0).length") == 1
+    tab.js(f"{tokens}[0].focus()")
+    tab.press("ArrowDown")
+    assert tab.js(f"{tokens}.indexOf(document.activeElement)") == 1
+    shown = "getComputedStyle(document.activeElement.querySelector('.ik-value')).clipPath"
+    assert tab.js(shown) == "none"
+
+
 def test_filters_hide_rows_by_keyboard(run, tab):
     tab.open(run / "index.html")
     assert [name for name, *_ in tab.shown_rows()] == ["gap"]  # beyond its control; others folded
