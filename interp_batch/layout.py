@@ -73,15 +73,13 @@ def lay_out(folder: Path, model: str | None = None, adapters: Sequence[str] = ()
         raise InputError(
             f"two of the models would be named alike ({', '.join(names)}); rename a folder"
         )
-    little = _is_shipped(base.spec)
+    scenario = "betrayed" if _is_shipped(base.spec) else "capitals"
     specs = {f"models/{own.name}/model.yaml": own.text for own in models if own.text}
-    about = {"models": names, "specs": specs, "version": version(PROJECT)}
+    about = {"models": names, "specs": specs, "scenario": scenario, "version": version(PROJECT)}
     files = {
-        "README.md": _filled(
-            "README.md.jinja", name=folder.resolve().name, little_world=little, **about
-        ),
+        "README.md": _filled("README.md.jinja", name=folder.resolve().name, **about),
         f"{RUN_FILES}/first.yaml": _filled("run.yaml.jinja", **about),
-        "scenarios/first.yaml": _filled("little_world.yaml" if little else "english.yaml"),
+        f"scenarios/{scenario}.yaml": _filled(f"{scenario}.yaml"),
         **specs,
         **{f"notebooks/{f.name}": _without_outputs(f) for f in sorted(NOTEBOOKS.glob("*.ipynb"))},
         STUDY: _marker(),  # last: what was not laid out to the end is no study

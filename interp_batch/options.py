@@ -14,8 +14,8 @@ RunFile = Annotated[
 RunFiles = Annotated[
     list[Path] | None,
     typer.Argument(
-        help="One or several run files (YAML), for example papermill_params/demo.yaml.  "
-        "[default: in a study, all in papermill_params]"
+        help="One or several run files (YAML), for example papermill_params/demo.yaml. Without, "
+        "in a study: all in papermill_params."
     ),
 ]
 Data = Annotated[

@@ -27,7 +27,7 @@ def new(
 ) -> None:
     """Lay out a study: models, scenarios, notebooks to edit, and a run file that runs at once.
 
-    Without --model, it is about two small models that are shipped. Then: `cd FOLDER`,
+    Without --model, it is about two small models that are shipped. Then: `cd FOLDER` and
     `interp-kit run`.
     """
     from interp_batch.layout import lay_out

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_the_study_is_searched_from_inside_it_and_by_data_from_elsewhere(study, 
     shutil.copy(study / "notebooks" / "09_pca.ipynb", study / "notebooks" / "09_mine.ipynb")
     monkeypatch.chdir(study / "notebooks")  # where Jupyter puts a kernel
     assert study_folder() == study
-    assert load_scenario("first").decision.positive == " action2"
+    assert load_scenario("betrayed").decision.positive == " action2"
     assert "09_mine" in list_notebooks()
     monkeypatch.setenv("INTERP_KIT_DATA", str(study.parent))
     assert data_folders() == [study.parent, study, REPOSITORY / "data"]
@@ -172,8 +173,8 @@ def test_new_writes_the_specs_of_a_base_and_its_adapters(tmp_path, tiny_folders,
     assert run.models == names
     cells = expand(run, outputs=tmp_path)
     check_needs(cells, None)
-    assert {p.id for p in load_scenario("first").prompts} >= {"france", "japan"}
-    assert len(load_scenario("first").prompts) == 6  # as many as a sign-flip test needs
+    assert {p.id for p in load_scenario("capitals").prompts} >= {"france", "japan"}
+    assert len(load_scenario("capitals").prompts) == 6  # as many as a sign-flip test needs
 
 
 def test_new_uses_the_specs_that_there_are(tmp_path):
@@ -206,6 +207,19 @@ def test_what_cannot_be_a_study_is_refused(tmp_path, monkeypatch, command, given
     assert code == 2
     assert said in err
     assert not (tmp_path / "study").exists()
+
+
+def test_commands_of_its_readme_work(study, command):
+    """Without ``run``, which takes a minute: `test_wheel` runs it."""
+    blocks = re.findall(r"```bash\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", "").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    given = [words[1:] for words in commands if words and words[1] != "run"]
+    assert [words[0] for words in given] == ["list", "add"]
+    for words in given:
+        code, out, err = command(*words)
+        assert (code, err) == (0, "")
+        assert f"searched: {study}, " in out or f"Written: {study}" in out
 
 
 # --------------------------------------------------------------------------- run without a file
@@ -269,7 +283,7 @@ def test_answers_may_begin_alike_and_a_counterfactual_may_be_longer(study, comma
 @pytest.mark.parametrize(
     ("name", "given", "said"),
     [
-        ("first", [*GAME, "--text", DEFECTED], "first.yaml exists; choose another name"),
+        ("betrayed", [*GAME, "--text", DEFECTED], "betrayed.yaml exists; choose another name"),
         ("../x", [*GAME, "--text", DEFECTED], "cannot name a scenario"),
         ("x", [*GAME, "--text", DEFECTED, "--text", DEFECTED], "two prompts have the text"),
         ("x", [*GAME, "--text", "a", "--text", "b", "--counterfactual", "c"], "2 --text and 1"),
