@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from pydantic import BaseModel
 
+from interp_batch.report.components import as_json, component_maps, strongest
 from interp_batch.report.findings import (
     OUTSIDE,
     Result,
@@ -30,6 +31,7 @@ from interp_batch.report.findings import (
     what_is_wrong,
 )
 from interp_batch.report.policy import inlined, stylesheet_ids
+from interp_batch.report.stills import small_table
 from interp_kit.files import write_atomically
 from interp_kit.records import GIVES, sentence
 from interp_kit.scorecard import METHODS, known_cases, read_scorecard
@@ -64,17 +66,18 @@ def write_gallery(
         result.id: _write_page(pages, folder, result, run=title, before=before, after=after)
         for before, result, after in zip([None, *ran], ran, [*ran[1:], None])
     }
+    pages.globals["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     index = folder / "index.html"
     text = pages.get_template("index.html.jinja").render(
         title=title,
         description=about,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        components=_write_components(pages, folder, ran, run=title),
         **_index(results, ran, problems),
         **_first_look(ran, problems),
         plotly_styles=stylesheet_ids(),
         scorecard=list({row.method: row for row in known.values()}.values()),
         **_comparison(ran, against),
-        **inlined("figures.js", "index.js"),
+        **inlined("state.js", "figures.js", "index.js", "pins.js"),
     )
     write_atomically(index, text)
     return index
@@ -205,6 +208,27 @@ def _write_page(
     return problems
 
 
+def _write_components(pages: Environment, folder: Path, ran: Sequence[Result], *, run: str) -> bool:
+    """Write ``components.html`` where tables of this run name components; returns whether."""
+    maps, words, problems = component_maps(ran)
+    file = folder / "components.html"
+    if not maps and not problems:
+        file.unlink(missing_ok=True)  # of an earlier report
+        return False
+    data, left_out = as_json(maps, words, {r.id: pages.filters["page"](r) for r in ran})
+    text = pages.get_template("components.html.jinja").render(
+        run=run,
+        maps=len(maps),
+        left_out=left_out,
+        strongest=strongest(maps),
+        problems=problems,
+        data=_harmless(data),
+        **inlined("state.js", *(["components.js"] if maps else [])),
+    )
+    write_atomically(file, text)
+    return True
+
+
 class _Figure(BaseModel):
     data: list[dict[str, Any]]
     layout: dict[str, Any] = {}
@@ -225,6 +249,7 @@ def _figure(file: Path) -> dict[str, Any]:
         "text": ". ".join(part.rstrip(".") for part in parts) + ".",
         "href": quote(f"figures/{file.name}"),
         "picture": quote(f"figures/{picture.name}") if picture.is_file() else "",
+        "table": [[_plain_text(text) for text in row] for row in small_table(figure.data)],
         "spec": _harmless(text),
     }
 
