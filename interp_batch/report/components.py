@@ -191,7 +191,11 @@ def _maps(source: Source, result: Result) -> Iterator[Map]:
         name: pd.to_numeric(table[name]) if name in source.numbers and name in table else None
         for name in NUMBERS
     }
-    clear = table["clear"].eq(True) if "clear" in table and "control" in source.numbers else False
+    clear = (
+        table["clear"].astype(str).eq("True")
+        if "clear" in table and "control" in source.numbers
+        else False
+    )
     table = table.assign(**numbers, clear=clear)
     yield from _apart(source, result, table.dropna(subset="value"), keys)
 
@@ -226,8 +230,7 @@ def _words(result: Result, name: str, says: str) -> list[dict[str, Any]]:
     return [
         {
             "model": result.model,
-            "scenario": result.scenario,
-            "prompt": str(prompt),
+            "prompt": f"{result.model} · {result.scenario} · {prompt}",
             "component": str(component),
             "says": str(what),
             "tokens": [[str(t), _short(v)] for t, v in zip(own.token, own.value)],
@@ -241,8 +244,9 @@ def _words(result: Result, name: str, says: str) -> list[dict[str, Any]]:
 
 def _read(file: Any, required: set[str]) -> pd.DataFrame:
     # A token such as "NA" or an empty one is a text, not a number that is missing.
-    texts = {"token": lambda text: text}
-    table = pd.read_csv(file, converters=texts, low_memory=False)
+    numbers = {*NUMBERS, *(source.value for source in SOURCES)}
+    empty = {name: [""] for name in numbers}
+    table = pd.read_csv(file, keep_default_na=False, na_values=empty, low_memory=False)
     if "site" in table and "layer" in table:  # a trace names whole sites: attn_out, mlp_out, block
         units = table.site.map({"attn_out": "ATTN", "mlp_out": "MLP"})
         table = table.assign(component="L" + table.layer.astype(str) + "_" + units)

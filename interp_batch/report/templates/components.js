@@ -37,11 +37,19 @@ function choose(wanted = {}) {
     missing.push(...fill(field, each(maps.map((map) => map[field])), wanted[field]));
     maps = maps.filter((map) => map[field] === fields[field].value);
   }
-  const said = data.words.filter((word) => word.model === fields.model.value);
-  missing.push(...fill("prompt", each(said.map((word) => word.prompt)), wanted.prompt));
+  missing.push(...choosePrompt(wanted.prompt));
   shown = maps[0];
   draw();
   return missing;
+}
+
+// Of the model that is shown, where it has prompts; a pair of models has none of its own.
+function choosePrompt(wanted) {
+  const { model, prompt } = chooser.elements;
+  const own = data.words.filter((word) => word.model === model.value).map((word) => word.prompt);
+  const others = data.words.map((word) => word.prompt);
+  if (own.length && !own.includes(prompt.value)) prompt.replaceChildren();
+  return fill("prompt", each([...own, ...others]), wanted);
 }
 
 function restore() {
@@ -165,13 +173,11 @@ function line(map, at) {
 
 // What it attends to and what its output reads, on the prompt that is chosen.
 function words(component) {
-  const { model, prompt } = chooser.elements;
+  const { prompt } = chooser.elements;
   return data.words
-    .filter((word) => word.component === component && word.model === model.value &&
-      word.prompt === prompt.value)
+    .filter((word) => word.component === component && word.prompt === prompt.value)
     .map((word) => make("p", { class: "words" }, make("a", { href: word.href }, word.says), " ",
-      ...word.tokens.flatMap(([token, value]) => [make("code", {}, token), ` ${number(value)} `]),
-      make("span", { class: "place" }, word.scenario)));
+      ...word.tokens.flatMap(([token, value]) => [make("code", {}, token), ` ${number(value)} `])));
 }
 
 // ------------------------------------------------------------------------------- mouse and keys
