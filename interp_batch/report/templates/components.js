@@ -121,6 +121,7 @@ function mark() {
   for (const one of own) {
     one.tabIndex = one === reached ? 0 : -1;
     one.setAttribute("aria-selected", pinned.has(one.dataset.component));
+    one.setAttribute("aria-current", one.dataset.component === selected);
   }
   show(selected);
   document.getElementById("pins").replaceChildren(
@@ -177,7 +178,8 @@ function words(component) {
   return data.words
     .filter((word) => word.component === component && word.prompt === prompt.value)
     .map((word) => make("p", { class: "words" }, make("a", { href: word.href }, word.says), " ",
-      ...word.tokens.flatMap(([token, value]) => [make("code", {}, token), ` ${number(value)} `])));
+      ...word.tokens.flatMap(([token, value]) => [
+        make("span", { class: "token" }, make("code", {}, token), ` ${number(value.toFixed(2))}`), " "])));
 }
 
 // ------------------------------------------------------------------------------- mouse and keys
