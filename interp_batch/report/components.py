@@ -9,11 +9,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment
 
 from interp_batch.report.findings import Result, what_is_wrong
+from interp_batch.report.policy import inlined
+from interp_kit.files import write_atomically
 from interp_kit.statistics import mean_interval
 
 # At most three digits: a table that is not ours cannot ask for a grid of a million rows.
@@ -108,6 +112,29 @@ SOURCES = (
 WORDS = ((ATTRIBUTION, "promotes.csv", ""), (PATCHING, "attends.csv", "attends to"))
 
 
+def write_components(
+    pages: Environment, folder: Path, results: Sequence[Result], *, run: str
+) -> bool:
+    """Write ``components.html`` where tables of the results name components; returns whether."""
+    maps, words, problems = component_maps(results)
+    file = folder / "components.html"
+    if not maps and not problems:
+        file.unlink(missing_ok=True)  # of an earlier report
+        return False
+    data, left_out = as_json(maps, words, {r.id: pages.filters["page"](r) for r in results})
+    text = pages.get_template("components.html.jinja").render(
+        run=run,
+        maps=len(maps),
+        left_out=left_out,
+        strongest=strongest(maps),
+        problems=problems,
+        data=data,
+        **inlined("state.js", *(["components.js"] if maps else [])),
+    )
+    write_atomically(file, text)
+    return True
+
+
 def component_maps(
     results: Iterable[Result],
 ) -> tuple[list[Map], list[dict[str, Any]], list[tuple[Result, str, str]]]:
@@ -178,8 +205,7 @@ def _maps(source: Source, result: Result) -> Iterator[Map]:
     required |= {source.only[0]} if source.only else set()
     table = _read(file, required | ({"prompt"} if source.raw else set()))
     if source.only:
-        table = table[table[source.only[0]] == source.only[1]]
-    table = table[table.component.astype(str).str.fullmatch(COMPONENT)]
+        table = pd.DataFrame(table[table[source.only[0]] == source.only[1]])
     table = table.assign(**{source.value: pd.to_numeric(table[source.value])})
     if source.raw:
         if table.duplicated([*keys, "component", "prompt"]).any():
@@ -205,7 +231,8 @@ def _apart(
 ) -> Iterator[Map]:
     strongest_first = table.sort_values("value", key=abs, ascending=False, kind="stable")
     once = strongest_first.drop_duplicates([*keys, "component"])  # of several segments
-    for names, own in once.sort_index().groupby(list(keys), sort=False) if keys else [((), once)]:
+    groups: Any = once.sort_index().groupby(list(keys), sort=False) if keys else [((), once)]
+    for names, own in groups:
         given = dict(zip(keys, map(str, names)))
         which = f" ({given[source.by]})" if source.by else ""
         yield Map(
@@ -215,7 +242,7 @@ def _apart(
             meaning=source.meaning,
             unit=source.unit,
             result=result,
-            table=own[["component", "value", *NUMBERS, "clear"]],
+            table=own.loc[:, ["component", "value", *NUMBERS, "clear"]],
         )
 
 
@@ -225,8 +252,8 @@ def _words(result: Result, name: str, says: str) -> list[dict[str, Any]]:
         return []
     required = {"prompt", "component", "token", "value"} | (set() if says else {"says"})
     table = _read(file, required)
-    table = table[table.component.astype(str).str.fullmatch(COMPONENT)]
     table = table.assign(value=pd.to_numeric(table["value"]), says=says or table.get("says"))
+    groups: Any = table.dropna(subset="value").groupby(["prompt", "component", "says"], sort=False)
     return [
         {
             "model": result.model,
@@ -236,13 +263,12 @@ def _words(result: Result, name: str, says: str) -> list[dict[str, Any]]:
             "tokens": [[str(t), _short(v)] for t, v in zip(own.token, own.value)],
             "cell": result.id,
         }
-        for (prompt, component, what), own in table.groupby(
-            ["prompt", "component", "says"], sort=False
-        )
+        for (prompt, component, what), own in groups
     ]
 
 
-def _read(file: Any, required: set[str]) -> pd.DataFrame:
+def _read(file: Path, required: set[str]) -> pd.DataFrame:
+    """The rows of heads, attentions and MLPs."""
     # A token such as "NA" or an empty one is a text, not a number that is missing.
     numbers = {*NUMBERS, *(source.value for source in SOURCES)}
     empty = {name: [""] for name in numbers}
@@ -252,7 +278,7 @@ def _read(file: Any, required: set[str]) -> pd.DataFrame:
         table = table.assign(component="L" + table.layer.astype(str) + "_" + units)
     if missing := sorted(required - set(table.columns)):
         raise ValueError(f"expected the columns {', '.join(missing)}; got {', '.join(table)}")
-    return table
+    return pd.DataFrame(table[table.component.astype(str).str.fullmatch(COMPONENT)])
 
 
 def _units(maps: Sequence[Map]) -> list[str]:
@@ -276,9 +302,9 @@ def _packed(own: Map, units: Sequence[str], cell: int, detailed: int | None) -> 
         values[i] = _short(value)
     detailed = len(at) if detailed is None else detailed
     order = own.table.assign(at=at).sort_values("value", key=abs, ascending=False)
+    rows: Any = order.head(detailed).itertuples()
     details = {
-        row.at: [_short(number) for number in (row.low, row.high, row.control)]
-        for row in order.head(detailed).itertuples()
+        row.at: [_short(number) for number in (row.low, row.high, row.control)] for row in rows
     }
     return {
         "model": own.model,

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from pydantic import BaseModel
 
-from interp_batch.report.components import as_json, component_maps, strongest
+from interp_batch.report.components import write_components
 from interp_batch.report.findings import (
     OUTSIDE,
     Result,
@@ -71,7 +71,7 @@ def write_gallery(
     text = pages.get_template("index.html.jinja").render(
         title=title,
         description=about,
-        components=_write_components(pages, folder, ran, run=title),
+        components=write_components(pages, folder, ran, run=title),
         **_index(results, ran, problems),
         **_first_look(ran, problems),
         plotly_styles=stylesheet_ids(),
@@ -208,27 +208,6 @@ def _write_page(
     return problems
 
 
-def _write_components(pages: Environment, folder: Path, ran: Sequence[Result], *, run: str) -> bool:
-    """Write ``components.html`` where tables of this run name components; returns whether."""
-    maps, words, problems = component_maps(ran)
-    file = folder / "components.html"
-    if not maps and not problems:
-        file.unlink(missing_ok=True)  # of an earlier report
-        return False
-    data, left_out = as_json(maps, words, {r.id: pages.filters["page"](r) for r in ran})
-    text = pages.get_template("components.html.jinja").render(
-        run=run,
-        maps=len(maps),
-        left_out=left_out,
-        strongest=strongest(maps),
-        problems=problems,
-        data=_harmless(data),
-        **inlined("state.js", *(["components.js"] if maps else [])),
-    )
-    write_atomically(file, text)
-    return True
-
-
 class _Figure(BaseModel):
     data: list[dict[str, Any]]
     layout: dict[str, Any] = {}
@@ -350,6 +329,7 @@ def _environment(folder: Path) -> Environment:
 
     pages.filters |= {
         "page": page,
+        "harmless": _harmless,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
         "sentences": _sentences,
         "parameters": _parameters,
