@@ -178,7 +178,7 @@ function words(component) {
   return data.words
     .filter((word) => word.component === component && word.prompt === prompt.value)
     .map((word) => make("p", { class: "words" }, make("a", { href: word.href }, word.says), " ",
-      ...word.tokens.flatMap(([token, value]) => [
+      ...word.tokens.filter(([, value]) => Math.abs(value) >= 0.005).flatMap(([token, value]) => [
         make("span", { class: "token" }, make("code", {}, token), ` ${number(value.toFixed(2))}`), " "])));
 }
 
