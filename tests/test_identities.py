@@ -14,6 +14,7 @@ from interp_kit.analyses.attribution import (
     head_sum_error,
     layer_attribution,
     option_attribution,
+    promoted_tokens,
     token_attribution,
 )
 from interp_kit.analyses.comparison import bridge_error
@@ -29,6 +30,7 @@ from interp_kit.patching.patches import unit_patches
 from interp_kit.patching.positions import first_difference
 from interp_kit.patching.writes import writing_hooks
 from interp_kit.pretrained import load_huggingface
+from interp_kit.specs import InputError
 from tests.conftest import tiny_prompts
 from tests.tiny import ARCHITECTURES
 
@@ -287,6 +289,25 @@ def test_control_contrasts_are_the_decision_of_other_answers(tiny_bridge):
     first = shares[(shares.prompt == prompts[0].id) & (shares.draw == 0)].set_index("component")
     own = own[~own.kind.isin(["cap", "normaliser"]) & (own.component != "UNEMBED_BIAS")]
     assert first.value[own.component].to_numpy() == pytest.approx(own.value.to_numpy(), abs=1e-4)
+
+
+def test_what_a_component_promotes_are_the_ends_of_its_contrasts(tiny_bridge):
+    """Over all tokens, its attributions of (token, first token) spread as far as its lens says."""
+    prompts = tiny_prompts(tiny_bridge)
+    names = ["L0H1", "L1_MLP"]
+    said = promoted_tokens(tiny_bridge, prompts, names, k=3)
+    assert len(said) == len(prompts) * len(names) * 2 * 3
+    tokens = torch.arange(tiny_bridge.cfg.d_vocab)
+    pairs = torch.stack([tokens, torch.zeros_like(tokens)], 1).expand(len(prompts), -1, -1)
+    shares = contrast_attribution(tiny_bridge, prompts, pairs)
+    ends = shares.groupby(["prompt", "component"]).value.agg(["max", "min"])
+    first = said[said["rank"] == 1].set_index(["prompt", "component", "says"]).value.unstack()
+    spread = ends.loc[first.index, "max"] - ends.loc[first.index, "min"]
+    assert (first.promotes - first.demotes).to_numpy() == pytest.approx(spread, abs=1e-4)
+    assert (first.promotes > 0).all()  # what raises all tokens alike is taken off
+    assert (first.demotes < 0).all()
+    with pytest.raises(InputError, match="unknown component 'L9H9'"):
+        promoted_tokens(tiny_bridge, prompts, ["L9H9"])
 
 
 def no_counterfactuals(prompts):

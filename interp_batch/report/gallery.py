@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from pydantic import BaseModel
 
+from interp_batch.report.components import write_components
 from interp_batch.report.data import write_data
 from interp_batch.report.findings import (
     OUTSIDE,
@@ -31,6 +32,7 @@ from interp_batch.report.findings import (
     what_is_wrong,
 )
 from interp_batch.report.policy import inlined, stylesheet_ids
+from interp_batch.report.stills import small_table
 from interp_kit.files import write_atomically
 from interp_kit.records import GIVES, sentence
 from interp_kit.scorecard import METHODS, known_cases, read_scorecard
@@ -68,17 +70,18 @@ def write_gallery(
         result.id: _write_page(pages, folder, result, run=title, before=before, after=after)
         for before, result, after in zip([None, *ran], ran, [*ran[1:], None])
     }
+    pages.globals["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     index = folder / "index.html"
     text = pages.get_template("index.html.jinja").render(
         title=title,
         description=about,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        components=write_components(pages, folder, ran, run=title),
         **_index(results, ran, problems),
         **_first_look(ran, problems),
         plotly_styles=stylesheet_ids(),
         scorecard=list({row.method: row for row in known.values()}.values()),
         **_comparison(ran, against),
-        **inlined("figures.js", "index.js"),
+        **inlined("state.js", "figures.js", "index.js", "pins.js"),
     )
     write_atomically(index, text)
     write_data(folder, title, ran, findings(ran))
@@ -236,6 +239,7 @@ def _figure(file: Path) -> dict[str, Any]:
         "title": title,
         "text": ". ".join(part.rstrip(".") for part in parts) + ".",
         "picture": quote(f"figures/{picture.name}") if picture.is_file() else "",
+        "table": [[_plain_text(text) for text in row] for row in small_table(figure.data)],
         "spec": _harmless(text),
     }
 
@@ -336,6 +340,7 @@ def _environment(folder: Path) -> Environment:
 
     pages.filters |= {
         "page": page,
+        "harmless": _harmless,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
         "sentences": _sentences,
         "parameters": _parameters,

@@ -2,7 +2,8 @@
 
 The templates escape everything that comes from models, prompts or files. The policy is the second
 defence: a page runs only the one script and style whose hashes it names, and what that script
-loads, which is ``plotly.min.js`` beside the index.
+loads, which is ``plotly.min.js`` beside the index. Images are those that lie beside the page, for
+readers without scripts, and those that plotly draws.
 
 plotly.js sets two styles in ways that such a policy forbids: it adds a stylesheet (of maps, which
 no figure here uses) unless one with the same id exists, and it sets a style attribute on the images
@@ -35,7 +36,7 @@ def inlined(*scripts: str) -> dict[str, str]:
     rules["script-src"] += " 'strict-dynamic'"
     rules["style-src"] += f" {_hash('')}"
     allowed = " ".join(map(_hash, ("", crisp_image_style())))
-    rules |= {"style-src-attr": f"'unsafe-hashes' {allowed}", "img-src": "data: blob:"}
+    rules |= {"style-src-attr": f"'unsafe-hashes' {allowed}", "img-src": "'self' data: blob:"}
     rules |= {"base-uri": "'none'", "form-action": "'none'"}
     policy = "; ".join(f"{name} {value}" for name, value in rules.items())
     return {"script": code, "style": style, "policy": policy}

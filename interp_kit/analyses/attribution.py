@@ -39,6 +39,7 @@ from interp_kit.batching import chunks
 from interp_kit.passes import last_names, read_last
 from interp_kit.prompts import Prompt, require_prompts
 from interp_kit.readout import project_heads, projection_bias, through_frozen_norm
+from interp_kit.specs import InputError
 
 Cache = dict[str, Tensor]
 
@@ -208,6 +209,40 @@ def contrast_attribution(
         draws = np.tile(range(n), len(rows))
         tables.append(table.assign(draw=draws, value=shares.flatten().cpu().double().numpy()))
     return pd.concat(tables, ignore_index=True)
+
+
+@torch.no_grad()
+def promoted_tokens(
+    bridge: TransformerBridge, prompts: Sequence[Prompt], components: Sequence[str], *, k: int = 5
+) -> pd.DataFrame:
+    """What each component's output reads through the lens: the tokens it raises and lowers most.
+
+    Its output at the position where the answers part goes through the final norm, statistics
+    frozen, and the unembedding; the mean over all tokens, which changes no probability, is taken
+    off. Returns ``prompt component says rank token value``: ``says`` is "promotes" or "demotes",
+    ``rank`` counts from 1, ``value`` in logits before any cap. Raises ``InputError`` for an unknown
+    component or a bridge without tokenizer.
+    """
+    if bridge.tokenizer is None:
+        raise InputError("this bridge has no tokenizer, so there are no words to show")
+    rows: dict[int, list[dict[str, Any]]] = {}
+    firsts = [p.branch for p in prompts]
+    for index in chunks(firsts):
+        terms, normed = _terms(bridge, record_last(bridge, [firsts[i] for i in index]))
+        names = [term.name for term in terms]
+        if unknown := [name for name in components if name not in names]:
+            raise InputError(f"unknown component {unknown[0]!r}; expected some of {names}")
+        written = normed[:, [names.index(name) for name in components]] @ bridge.W_U.float()
+        written = written - written.mean(-1, keepdim=True)
+        for i, own in zip(index, written):
+            rows[i] = [
+                {"prompt": prompts[i].id, "component": name, "says": says, "rank": rank}
+                | {"token": bridge.tokenizer.decode([int(token)]), "value": float(logits[token])}
+                for name, logits in zip(components, own)
+                for says, largest in (("promotes", True), ("demotes", False))
+                for rank, token in enumerate(logits.topk(k, largest=largest).indices, 1)
+            ]
+    return pd.DataFrame([row for i in range(len(prompts)) for row in rows[i]])
 
 
 def head_sum_error(bridge: TransformerBridge, prompts: Sequence[Prompt]) -> float:

@@ -1,5 +1,5 @@
 "use strict";
-// Filters and sorting of the report's tables; without it, everything is shown.
+// Filters, sorting and folds of the report, kept in the URL; without it, everything is shown.
 
 const form = document.getElementById("filters");
 const items = [...document.querySelectorAll("[data-analysis]")].map((element) => ({
@@ -31,8 +31,7 @@ function filter() {
   form.querySelector("output").value = `${shown} of ${rows.length} findings shown`;
 }
 
-function sort(header) {
-  const ascending = header.getAttribute("aria-sort") !== "ascending";
+function sort(header, ascending) {
   for (const other of header.parentNode.children) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", ascending ? "ascending" : "descending");
   const numeric = header.dataset.kind === "number";
@@ -49,11 +48,74 @@ function sort(header) {
   body.append(...keyed.map(({ row }) => row));
 }
 
-form.addEventListener("input", filter);
+// --------------------------------------------------------------------------------- in the URL
+const folds = [...document.querySelectorAll("[data-fold]")].map((element) => ({
+  element,
+  name: element.dataset.fold,
+  open: element.open,
+}));
+const sortable = [...document.querySelectorAll("[data-table] thead th")].map((header) => ({
+  header,
+  name: `${header.closest("table").dataset.table}: ${header.textContent}`,
+}));
+let waiting; // a reader types faster than a URL may change
+
+function keep() {
+  clearTimeout(waiting);
+  waiting = setTimeout(() => {
+    const direction = ({ header }) => header.getAttribute("aria-sort");
+    const toggled = folds.filter(({ element, open }) => element.open !== open);
+    state.write([
+      ...[...form.elements].filter((field) => field.name).map((field) => [field.name, field.value || null]),
+      ...sortable.filter(direction).map((one) => ["sort", `${one.name}: ${direction(one)}`]),
+      ...toggled.map(({ element, name }) => [element.open ? "open" : "shut", name]),
+      ...pinsForURL(),
+    ]);
+  }, 200);
+}
+
+// Shows what the URL says; returns what it names that is not there.
+function restore(given) {
+  const missing = [];
+  for (const field of form.elements) {
+    if (!field.name) continue;
+    field.value = given.get(field.name) ?? "";
+    if (field.value !== (given.get(field.name) ?? "")) {
+      missing.push(`${field.name} “${given.get(field.name)}”`);
+      field.value = "";
+    }
+  }
+  filter();
+  for (const wanted of given.getAll("sort")) {
+    const [, name, direction] = /^(.*): (ascending|descending)$/.exec(wanted) ?? [];
+    const found = sortable.find((one) => one.name === name);
+    if (found) sort(found.header, direction === "ascending");
+    else missing.push(`sorting “${wanted}”`);
+  }
+  for (const kind of ["open", "shut"]) {
+    for (const name of given.getAll(kind)) {
+      const found = folds.find((fold) => fold.name === name);
+      if (found) found.element.open = kind === "open";
+      else missing.push(`fold “${name}”`);
+    }
+  }
+  return [...missing, ...restorePins(given)];
+}
+
+form.addEventListener("input", () => {
+  filter();
+  keep();
+});
 form.addEventListener("submit", (event) => event.preventDefault());
-form.addEventListener("reset", () => setTimeout(filter));
-for (const button of document.querySelectorAll("th button")) {
-  button.addEventListener("click", () => sort(button.closest("th")));
+form.addEventListener("reset", () => setTimeout(() => {
+  filter();
+  keep();
+}));
+for (const button of document.querySelectorAll("thead button")) {
+  const header = button.closest("th");
+  button.addEventListener("click", () => {
+    sort(header, header.getAttribute("aria-sort") !== "ascending");
+    keep();
+  });
 }
 form.hidden = false;
-filter();
