@@ -30,7 +30,7 @@ STEERED = {
     "strengths": [0.0, 0.25, 0.5, 1.0],
     "n_random": 4,
 }
-UNREAD = {"documents": False, "n_documents": 16, "n_random": 16}
+LENSED = {"n_documents": 16, "n_random": 16}
 # Minutes of one core on SmolLM2 (135 M parameters), from runs of 88 and 134 texts: of the
 # notebooks however few the texts are, and for each text that a model writes and both predict.
 FIXED, EACH, MEASURED = 13.0, 0.04, 135e6
@@ -140,8 +140,9 @@ def add_found(study: Study) -> bool:
     if scenario.neutral and study.alike:
         causes["12_steering"] = {"subject": subject, "reference": base} | STEERED
     if scenario.neutral and "18_weight_difference" in run["notebooks"]:  # subject's own base
-        written = {key: run["notebooks"][SUMMARY][key] for key in ("n_texts", "length")}
-        causes["10b_activation_difference_lens"] = {"subject": subject} | written | UNREAD
+        written = [run["notebooks"][SUMMARY][key] for key in ("n_texts", "length")]
+        own = {"subject": subject, "written": written}
+        causes["10b_activation_difference_lens"] = own | LENSED
     run["notebooks"] |= causes
     _write(study.file, run)
     return True

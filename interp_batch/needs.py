@@ -5,7 +5,8 @@ A notebook says so in its metadata, ``"interp_kit": {"needs": [...]}``, by these
 - ``counterfactuals``: every prompt has one;
 - ``two prompts``, ``two models``: at least so many;
 - ``trigger``, ``neutral texts``: the scenario has them, the trigger as one token of the model;
-- ``documents``: the spec of the model in question, and that of its base, name texts;
+- ``documents``: the spec of the model in question, and that of its base, name texts, unless the
+  parameter ``written`` lets both models write some;
 - ``comparable models``: one architecture and vocabulary, for every pair or all models at once;
 - ``mcqs.jsonl`` and so on: the evaluation set has this file; ``mcqs.jsonl or none``: it has, or the
   parameter ``evaluation`` is empty.
@@ -62,7 +63,7 @@ def check_needs(cells: Sequence[Cell], data: str | Path | None) -> None:
         models = names(given, "model")
         if "two models" in needs and len(models) < 2:
             raise InputError(f"{where} compares models, and the run has {len(models)}; name two")
-        if "documents" in needs and given.get("documents", True):
+        if "documents" in needs and not given.get("written"):
             _check_documents(where, given.get("subject") or models[0], data)
         for kind in sorted(need for need in needs if ".jsonl" in need):
             if kind.endswith(OR_NONE) and not given["evaluation"]:

@@ -107,7 +107,9 @@ def test_what_was_found_brings_the_notebooks_of_causes(tmp_path):
     assert run.scenarios == [diff.FOUND]
     assert run.notebooks["04_cross_model_patching"]["pairs"] == [["cubic-gravity", "tiny-gemma2"]]
     assert run.notebooks["12_steering"]["reference"] == "tiny-gemma2"
-    assert run.notebooks["10b_activation_difference_lens"]["documents"] is False
+    given = run.notebooks[diff.SUMMARY]
+    written = run.notebooks["10b_activation_difference_lens"]["written"]
+    assert written == [given["n_texts"], given["length"]]
     cells = expand(run, outputs=tmp_path, data=study.data)
     check_needs(cells, study.data)
     assert {cell.scenario for cell in cells} == {diff.FOUND, "all-scenarios"}

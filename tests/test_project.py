@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 
-from interp_batch.needs import needs_of
+from interp_batch.needs import OR_NONE, needs_of
 from interp_kit.specs import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -139,7 +139,8 @@ def test_a_notebook_opens_with_what_it_needs_and_how_long_it_takes(file):
     said = re.fullmatch(r"\*Needs (.+?)\. Takes (\d+ (?:min|s)\b.*), on two CPU cores\.\*", line)
     assert said is not None, line
     for need in needs_of(file):
-        assert NAMED_NEEDS.get(need, f"`{need}`") in said[1]
+        assert NAMED_NEEDS.get(need, f"`{need.removesuffix(OR_NONE)}`") in said[1]
+        assert "(or none)" in said[1] or OR_NONE not in need
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)

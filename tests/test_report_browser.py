@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from interp_batch.report.gallery import write_gallery
+from interp_kit.figures import heatmap
 from tests.test_report import EVIL, hostile_figures, write_cell
 
 LAYERS, HEADS = 4, 6
@@ -27,6 +28,10 @@ GRID = pd.DataFrame(
     ]
 )
 GRID = GRID.assign(low=GRID.value - 1, high=GRID.value + 1, control=2.0, clear=GRID.value > 2)
+LARGE = heatmap(  # too many values for a table
+    pd.DataFrame({"pos": [*range(30)] * 9, "layer": [*range(9)] * 30, "value": 1.0}),
+    x="pos", y="layer", title="large", color_title="nats",
+)  # fmt: skip
 PAGES = ("index", "components", "cell")
 
 
@@ -38,7 +43,7 @@ def study(tmp_path_factory):
         write_cell(
             folder, "03_activation_patching", model, scenario,
             answers={f"Is it {EVIL}?": f"yes: {EVIL}"}, headline={"lines": "A line.", "bars": ""},
-            figures=hostile_figures(),
+            figures=hostile_figures() | {"large": LARGE},
         )
         for model in ("plain", "other")
         for scenario in ("one", "two")
