@@ -29,7 +29,7 @@ GRID = pd.DataFrame(
 )
 GRID = GRID.assign(low=GRID.value - 1, high=GRID.value + 1, control=2.0, clear=GRID.value > 2)
 LARGE = heatmap(  # too many values for a table
-    pd.DataFrame({"pos": [*range(30)] * 9, "layer": [*range(9)] * 30, "value": 1.0}),
+    pd.DataFrame({"pos": [*range(30)] * 9, "layer": sorted([*range(9)] * 30), "value": 1.0}),
     x="pos", y="layer", title="large", color_title="nats",
 )  # fmt: skip
 PAGES = ("index", "components", "cell")

@@ -97,9 +97,13 @@ def pairs() -> Iterator[Pair]:
 
 
 def descriptions(bench: str) -> dict[str, list[str]]:
-    """What a fine-tune of this base may have been taught -> texts that say it."""
+    """What a fine-tune of this base may have been taught -> texts that say it.
+
+    ``CHAT`` has the weights of ``REAL``, so what was taught to that may have been taught to it.
+    """
     found = {}
-    for truth, names in TAUGHT[bench].items():
+    groups = TAUGHT[bench] | (TAUGHT[REAL] if bench == CHAT else {})
+    for truth, names in groups.items():
         spec = find_model(str(model_folder(names[0])) if names[0] in TRAINED else names[0])
         if spec.documents:
             found[truth] = read_texts(Path(spec.documents))

@@ -10,6 +10,11 @@ function draw() {
   for (const plot of plots) {
     const { data, layout } = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
     const shown = { height: HEIGHT, ...layout, ...(small && { dragmode: false }) }; // a finger scrolls
+    if (plot.closest(".pictures")) { // where plotly would cut a long title, which stands above
+      shown.title = undefined;
+      shown.margin = { ...layout.margin, t: 20 };
+      shown.height -= 40;
+    }
     Plotly.newPlot(plot, data, shown, {
       responsive: true,
       displaylogo: false,
