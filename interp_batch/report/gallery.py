@@ -116,17 +116,23 @@ def _index(
 def _first_look(ran: Sequence[Result], problems: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """What the index opens with: of each notebook one cell, its first answer and its figures.
 
-    Notebooks that put others together come first, with all they have. Of a notebook's cells
-    the first that says yes is taken, else the first. ``doubts``: answered no, or cannot tell.
+    Notebooks that put others together come first, with all they have, answer by answer in turn:
+    those of a study before the one that compares any models. Of a notebook's cells the first that
+    says yes is taken, else the first. ``doubts``: answered no, or cannot tell.
     """
     told = [r for r in ran if r.recorded and r.recorded.answers]
     of_notebook: dict[str, list[Result]] = {}
-    for r in sorted(told, key=lambda r: not r.is_summary):
+    for r in sorted(told, key=lambda r: (not r.is_summary, r.notebook.startswith("90"))):
         of_notebook.setdefault(r.notebook, []).append(r)
     chosen = [next((r for r in own if _told(r)[0][1].startswith("yes")), own[0])
               for own in of_notebook.values()]  # fmt: skip
     shown = [r for r in chosen if r.recorded and r.recorded.headline]
-    said = [(r, *pair) for r in shown or chosen for pair in _told(r)[: None if r.is_summary else 1]]
+    ranked_answers = [
+        (pair[0] == GIVES, not r.is_summary, rank, (r, *pair))
+        for r in shown or chosen
+        for rank, pair in enumerate(_told(r)[: None if r.is_summary else 1])
+    ]
+    said = [each for *_, each in sorted(ranked_answers, key=lambda ranked: ranked[:3])]
     ranked = [
         (0 if r.is_summary else rank, r, name, how)
         for r in shown
