@@ -24,16 +24,11 @@ SUMMARY = "94_what_changed"
 LENGTH = 32  # tokens that a text goes on
 FEWEST, MOST = 48, 192  # texts of each model
 AMPLIFIED, READ = 32, 4  # that are amplified, and without which each change is taken out
-STEERED = {
-    "wanted": "negative",
-    "evaluation": "",
-    "strengths": [0.0, 0.25, 0.5, 1.0],
-    "n_random": 4,
-}
+STEERED = {"wanted": "negative", "evaluation": "", "strengths": [0.0, 0.5], "n_random": 2}
 LENSED = {"n_documents": 16, "n_random": 16}
 # Minutes of one core on SmolLM2 (135 M parameters), from runs of 88 and 134 texts: of the
 # notebooks however few the texts are, and for each text that a model writes and both predict.
-FIXED, EACH, MEASURED = 13.0, 0.04, 135e6
+FIXED, EACH, MEASURED = 15.0, 0.04, 135e6
 
 
 @dataclass(frozen=True, kw_only=True)
