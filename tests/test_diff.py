@@ -84,6 +84,15 @@ def test_models_that_number_their_tokens_otherwise_are_refused(tmp_path):
         study_of(tmp_path / "outputs", base=str(base), tuned=str(other))
 
 
+def test_a_vocabulary_that_only_grew_is_no_other_one(tmp_path):
+    base, other = (save_tiny("llama", tmp_path / name) for name in ("before", "after"))
+    file = other / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["grown"] = 511
+    file.write_text(json.dumps(content))
+    assert study_of(tmp_path / "outputs", base=str(base), tuned=str(other)).alike
+
+
 def test_an_adapter_as_peft_saves_it_and_whole_weights_get_a_spec(tmp_path):
     adapter = tmp_path / "mine"
     shutil.copytree(MODELS / "cubic-gravity" / "adapter", adapter)
