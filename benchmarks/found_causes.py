@@ -20,7 +20,7 @@ import pandas as pd
 
 from benchmarks.discovery.cases import LENGTH, REAL_LENGTH, REAL_TEXTS, TEXTS
 from benchmarks.patching import machine
-from benchmarks.resumable import Row, run
+from benchmarks.resumable import Row, check_complete, run
 from interp_kit.analyses.activation_patching import cross_model_patching
 from interp_kit.analyses.divergence import top_contexts
 from interp_kit.analyses.found_contexts import found_scenario
@@ -80,10 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep rows here, and go on")
     parser.add_argument("--only", default="", metavar="TEXT", help="fine-tunes with this name")
     given = parser.parse_args(arguments)
-    table = pd.DataFrame(run({n: partial(_rows, n) for n in CASES}, given.only, given.json))
+    cases = {name: partial(_rows, name) for name in CASES}
+    table = pd.DataFrame(run(cases, given.only, given.json))
     print("\n".join(f"{key}: {value}" for key, value in machine().items()))
     wide = table.pivot_table(index=["case", "which", "of"], columns="score", values="value")
     print(wide.round(2).to_string())
+    check_complete(cases, given.only, set(table.case))
 
 
 # ------------------------------------------------------------------------------------- internals

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,6 +42,12 @@ def run(cases: Cases, only: str, file: Path | None) -> list[Row]:
                 with file.open("a") as out:
                     out.writelines(json.dumps(row) + "\n" for row in future.result())
     return rows
+
+
+def check_complete(cases: Cases, only: str, done: Collection[str]) -> None:
+    """Exit with an error that names the cases of ``run`` that left no rows."""
+    if missing := [name for name in cases if only in name and name not in done]:
+        raise SystemExit(f"no rows of {', '.join(missing)}: run the command again")
 
 
 # ------------------------------------------------------------------------------------- internals

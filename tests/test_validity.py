@@ -1,9 +1,11 @@
 """The benchmark of methods: its scores by hand-worked values, its cases by independent means."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
-from benchmarks.resumable import run
+from benchmarks.resumable import check_complete, run
 from benchmarks.validity import cases, nulls
 from benchmarks.validity.adapters import random_adapters
 from benchmarks.validity.facts import RELATIONS
@@ -269,6 +271,14 @@ def test_cases_are_run_once_and_found_again(tmp_path, monkeypatch):
     assert {r["case"] for r in first} == {"probe/program"}
     nothing = dict.fromkeys(cases.CASES, list)  # has no rows
     assert run(nothing, "probe/program", file) == first
+
+
+def test_a_benchmark_says_which_cases_failed(capsys):
+    every = {"good": dict, "bad": partial(int, "x"), "not asked for": dict}
+    assert run(every, "bad", None) == []
+    assert "bad: ValueError" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no rows of bad: run the command again"):
+        check_complete(every, "d", {"good", "not asked for"})
 
 
 def test_there_are_enough_facts_to_choose_from():

@@ -18,7 +18,7 @@ from benchmarks.discovery.cases import score, summary
 from benchmarks.discovery.pairs import REAL, TINY, pairs
 from benchmarks.discovery.trained import prepare
 from benchmarks.patching import machine
-from benchmarks.resumable import run
+from benchmarks.resumable import check_complete, run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n".join(f"{key}: {value}" for key, value in machine().items()))
     with pd.option_context("display.max_rows", None, "display.width", 200):
         print(summary(table).to_string(index=False, float_format="{:.3f}".format))
+    check_complete(cases, given.only, set(table.case))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.patching import machine
-from benchmarks.resumable import run
+from benchmarks.resumable import check_complete, run
 from benchmarks.validity.cases import CASES
 from benchmarks.validity.rows import summary
 
@@ -40,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table.to_string(index=False, float_format="{:.3f}".format))
     if given.scorecard:
         table.round(4).to_csv(given.scorecard, index=False)
-    if missing := [n for n in CASES if given.only in n and n not in set(table.case)]:
-        raise SystemExit(f"no rows of {', '.join(missing)}: run the command again")
+    check_complete(CASES, given.only, set(table.case))
 
 
 if __name__ == "__main__":
