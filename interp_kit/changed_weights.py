@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from interp_kit.identity import registered_again
 from interp_kit.loading import Models
-from interp_kit.lora import adapted_modules, show_token_rows
+from interp_kit.lora import adapted_weights, plain_name, show_token_rows
 from interp_kit.parts import weights_of
 
 EXACT = 256  # matrices up to so wide are decomposed exactly
@@ -64,7 +64,7 @@ def changed_matrices(models: Models, name: str) -> Iterator[ChangedMatrix]:
     """
     bridge = models.switch(name)
     if (adapter := _active_adapter(bridge)) is not None:
-        for layer, at, module, weight in _adapter_modules(bridge, adapter):
+        for layer, at, module, weight in adapted_weights(bridge, adapter):
             a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
             n = getattr(module, "num_experts", 1)
             ins = a.detach().float().view(n, -1, a.shape[1])
@@ -160,33 +160,11 @@ def _active_adapter(bridge: TransformerBridge) -> str | None:
     return None
 
 
-def _adapter_modules(
-    bridge: TransformerBridge, adapter: str
-) -> Iterator[tuple[int, str, Any, Float[Tensor, "..."]]]:
-    """Layer, name, PEFT's module and the weight before, of all that a LoRA adapter changes."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    for layer in range(bridge.cfg.n_layers):
-        for at, module in adapted_modules(bridge, layer).items():
-            if adapter not in module.lora_A:
-                continue
-            if parameter := getattr(module, "parameter_name", ""):  # all experts' weights in one
-                yield layer, f"{_plain(at)}.{parameter}", module, module.get_param().detach()
-            else:
-                before = dequantize_module_weight(module.get_base_layer())
-                yield layer, _plain(at), module, before.detach()
-
-
 def _is_transposed(bridge: TransformerBridge, layer: int, at: str) -> bool:
     """Whether the weight is stored [in, out]."""
-    modules: dict[str, Any] = {_plain(n): m for n, m in bridge.blocks[layer].named_modules()}
+    modules: dict[str, Any] = {plain_name(n): m for n, m in bridge.blocks[layer].named_modules()}
     owner = modules[at] if at in modules else modules[at.rpartition(".")[0]]
     return isinstance(owner, Conv1D) or bool(getattr(owner, "is_transposed", False))
-
-
-def _plain(name: str) -> str:
-    steps = name.split(".")
-    return ".".join(s for s in steps if s not in ("_original_component", "base_layer"))
 
 
 def _of_adapter(bridge: TransformerBridge, adapter: str) -> Iterator[tuple[Place, Switch]]:
@@ -206,7 +184,7 @@ def _of_adapter(bridge: TransformerBridge, adapter: str) -> Iterator[tuple[Place
             show_token_rows(bridge.original_model, adapter if on else None)
 
         yield (-1, "embed"), Switch(norm=float((rows - before).norm()), turn=turn_rows)
-    for layer, at, module, _ in _adapter_modules(bridge, adapter):
+    for layer, at, module, _ in adapted_weights(bridge, adapter):
 
         def turn(on: bool, module: Any = module) -> None:
             module.set_adapter([adapter] if on else [], inference_mode=True)

@@ -23,7 +23,7 @@ from interp_kit.catalogue import find_model
 from interp_kit.formats import read_texts
 from interp_kit.hub import ModelFiles
 from interp_kit.huggingface import default_device, dimensions
-from interp_kit.lora import activate, adapted_modules, own_copy, vocabulary
+from interp_kit.lora import activate, adapted_modules, adapted_weights, own_copy, vocabulary
 from interp_kit.parts import exchanged, weights_of
 from interp_kit.pretrained import Loaded, boot, boot_merged, check_bridge, inspect_model, locate
 from interp_kit.specs import InputError, ModelSpec
@@ -227,7 +227,8 @@ class Models:
             )
         adapter = self._load(name).adapters.get(name)
         if adapter is not None:
-            yield from _adapter_changes(self.switch(name), adapter)
+            for layer, at, module, before in adapted_weights(self.switch(name), adapter):
+                yield layer, at, module.get_delta_weight(adapter).detach(), before
             return
         if spec.quantization:
             raise InputError(
@@ -367,18 +368,6 @@ def _same_base(files: ModelFiles) -> Key:
     how = (spec.dtype, spec.quantization, spec.device_map, spec.chat_template, spec.prepend_bos)
     alone = spec.adapter if own_copy(files) else ""
     return (spec.base, spec.revision, *how, spec.trust_remote_code, vocabulary(files), alone)
-
-
-def _adapter_changes(
-    bridge: TransformerBridge, adapter: str
-) -> Iterator[tuple[int, str, Tensor, Tensor]]:
-    from peft.utils.integrations import dequantize_module_weight
-
-    for layer in range(bridge.cfg.n_layers):
-        for name, module in adapted_modules(bridge, layer).items():
-            if adapter in module.lora_A:
-                weight = dequantize_module_weight(module.get_base_layer()).detach()
-                yield layer, name, module.get_delta_weight(adapter).detach(), weight
 
 
 def _size(bridge: TransformerBridge) -> dict[str, int | float]:

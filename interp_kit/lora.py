@@ -5,9 +5,12 @@ are switched. Whatever else PEFT can merge gets a copy of the base of its own (`
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -162,6 +165,32 @@ def adapted_modules(bridge: TransformerBridge, layer: int) -> dict[str, Any]:
         for name, module in bridge.blocks[layer].named_modules()
         if isinstance(module, BaseTunerLayer)
     }
+
+
+def adapted_weights(
+    bridge: TransformerBridge, adapter: str
+) -> Iterator[tuple[int, str, Any, Float[Tensor, "..."]]]:
+    """Layer, name, PEFT's module and the weight before, of all that a LoRA adapter changes.
+
+    The weights of all experts of a block are one, ``mlp.experts.down_proj``.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    for layer in range(bridge.cfg.n_layers):
+        for at, module in adapted_modules(bridge, layer).items():
+            if adapter not in module.lora_A:
+                continue
+            if parameter := getattr(module, "parameter_name", ""):
+                yield layer, f"{plain_name(at)}.{parameter}", module, module.get_param().detach()
+            else:
+                before = dequantize_module_weight(module.get_base_layer())
+                yield layer, plain_name(at), module, before.detach()
+
+
+def plain_name(name: str) -> str:
+    """The name of a module, without what TransformerLens and PEFT put around it."""
+    steps = name.split(".")
+    return ".".join(s for s in steps if s not in ("_original_component", "base_layer"))
 
 
 def check_adapter(files: ModelFiles, model: PreTrainedModel) -> None:

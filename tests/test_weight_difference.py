@@ -5,6 +5,7 @@ put together by hand.
 """
 
 import json
+from collections import defaultdict
 from typing import Any, get_args
 
 import pandas as pd
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from interp_kit import changed_weights
 from interp_kit.analyses import weight_difference as wd
+from interp_kit.analyses.weights import weight_norms
 from interp_kit.changed_weights import changed_matrices, switches, without
 from interp_kit.decisions import last_logits
 from interp_kit.identity import identity_of
@@ -130,6 +132,19 @@ def test_an_adapters_singular_values_are_those_of_the_merged_weights(lora):
     spectra = wd.change_spectra(found)
     shares = spectra.groupby(["layer", "module"], sort=False).share.sum()
     assert shares.to_numpy() == pytest.approx(1, abs=1e-5)
+
+
+def test_norms_are_those_of_the_merged_weights_experts_in_one(lora):
+    models, base, name = lora
+    squares = defaultdict(float)
+    for (layer, at), change in dense_changes(
+        base, plain(base, name).merge_and_unload().state_dict()
+    ).items():
+        squares[layer, at.partition("[")[0]] += float(change.square().sum())
+    norms = weight_norms(models, name).set_index(["layer", "module"]).value
+    assert set(norms.index) == set(squares)
+    for key, square in squares.items():
+        assert norms[key] == pytest.approx(square**0.5, rel=1e-4), key
 
 
 def test_a_fused_projection_is_three_matrices(tiny_folders, tmp_path):
