@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from interp_batch.matrix import NOTEBOOKS, notebook_hash
 from interp_kit.catalogue import LOADED_ALIKE, STUDY, find_model, list_models
 from interp_kit.files import read_json, read_yaml, write_atomically
+from interp_kit.hub import snapshot
 from interp_kit.specs import (
     IS_INSTALLED,
     PACKAGES,
@@ -169,7 +170,7 @@ def _base(given: str) -> NamedModel:
         return NamedModel(name=named.name, spec=named)
     more = {key: getattr(spec, key) for key in sorted(LOADED_ALIKE & spec.model_fields_set)}
     asked = more.pop("chat_template", None)
-    template = _has_template(spec.base) if asked is None else asked
+    template = _has_template(spec) if asked is None else asked
     name = slug(given)
     about = {"base": spec.base, "label": Path(given).name, "chat_template": template, "more": more}
     return NamedModel(name=name, spec=spec, text=_filled("base.yaml.jinja", **about))
@@ -204,9 +205,11 @@ def _is_shipped(spec: ModelSpec) -> bool:
     return Path(spec.base).is_relative_to(REPOSITORY)
 
 
-def _has_template(base: str) -> bool:
-    """Whether the tokenizer in a folder has a chat template; of an id it is not known here."""
-    folder = Path(base)
+def _has_template(spec: ModelSpec) -> bool:
+    """Whether the base's tokenizer has a chat template; of an id, as far as it is downloaded."""
+    folder = Path(spec.base) if Path(spec.base).is_dir() else snapshot(spec.base, spec.revision)
+    if folder is None:
+        return False
     config = folder / "tokenizer_config.json"
     if (folder / "chat_template.jinja").is_file():
         return True

@@ -130,8 +130,15 @@ def content_hash(place: str | None, revision: str | None) -> str:
         return files_hash(files, folder)
     if place and is_gguf(place):
         return file_hash(gguf_file(place, place))
-    snapshot = _snapshot(place, revision) if place else None
-    return f"{place}@{revision}@{snapshot.name if snapshot else ''}"
+    found = snapshot(place, revision) if place else None
+    return f"{place}@{revision}@{found.name if found else ''}"
+
+
+def snapshot(place: str, revision: str | None) -> Path | None:
+    """The folder of a Hugging Face id's files, named by its commit, if any of them are there."""
+    configs = ("config.json", "adapter_config.json")
+    found = (try_to_load_from_cache(place, config, revision=revision) for config in configs)
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
 @contextmanager
@@ -206,15 +213,8 @@ def _sha256(file: Path, modified: int) -> str:
 
 
 def _cached(place: str, revision: str | None) -> bool:
-    folder = _snapshot(place, revision)
+    folder = snapshot(place, revision)
     return folder is not None and is_complete(folder)
-
-
-def _snapshot(place: str, revision: str | None) -> Path | None:
-    """The folder of a Hugging Face id's files, named by its commit, if any of them are there."""
-    configs = ("config.json", "adapter_config.json")
-    found = (try_to_load_from_cache(place, config, revision=revision) for config in configs)
-    return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
 def _base_folder(spec: ModelSpec) -> Path:

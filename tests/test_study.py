@@ -106,6 +106,25 @@ def test_the_study_is_searched_from_inside_it_and_by_data_from_elsewhere(study, 
     assert "09_mine" not in list_notebooks(study)
 
 
+@pytest.mark.parametrize("template", [True, False])
+def test_an_id_that_is_downloaded_has_the_template_of_its_tokenizer(
+    tmp_path, command, monkeypatch, template
+):
+    files = tmp_path / "hub" / "models--acme--chatty"
+    folder = files / "snapshots" / ("0" * 40)
+    for place in (folder, files / "refs"):
+        place.mkdir(parents=True)
+    (files / "refs" / "main").write_text("0" * 40)
+    (folder / "config.json").write_text("{}")
+    config = {"chat_template": "{{ messages[0].content }}"} if template else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    code, _, err = command("new", tmp_path / "mine", "--model", "acme/chatty")
+    assert (code, err) == (0, "")
+    (file,) = (tmp_path / "mine" / "models").glob("*/model.yaml")
+    assert yaml.safe_load(file.read_text())["chat_template"] == template
+
+
 @pytest.mark.parametrize("there", ["file", "study", "broken study", "no folder"])
 def test_what_is_there_is_left_as_it_is(tmp_path, command, there):
     folder = tmp_path / "mine"
