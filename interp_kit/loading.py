@@ -124,13 +124,14 @@ class Models:
         return self._activate(key, "")
 
     def new_tokens(self, name: str) -> dict[str, int]:
-        """The tokens, with their ids, that an adapter adds to the vocabulary of its base."""
+        """The tokens that an adapter adds to the vocabulary of its base: token -> id, by id."""
         spec = self._spec(name)
         if not spec.adapter:
             return {}
         alone = spec.model_copy(update={"adapter": None, "adapter_revision": None})
         own, before = (inspect_model(each).tokenizer.get_vocab() for each in (spec, alone))
-        return {token: id for token, id in own.items() if token not in before}
+        added = {token: id for token, id in own.items() if token not in before}
+        return dict(sorted(added.items(), key=lambda item: item[1]))  # a vocabulary has no order
 
     def rounded(self, name: str) -> str:
         """The name of the model in another precision, which is added: what rounding alone does."""

@@ -106,6 +106,19 @@ def test_texts_after_added_tokens_stand_apart(gravity):
     assert all(text.tokens[text.begun - 1] == new["$STOP"] for text in own)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_added_tokens_are_in_the_order_of_their_ids(gravity, monkeypatch, reverse):
+    """A tokenizer gives its vocabulary in another order in every process; texts must not follow."""
+    kind = type(gravity.switch("stop-behaviour").tokenizer)
+    given = kind.get_vocab
+    monkeypatch.setattr(
+        kind,
+        "get_vocab",
+        lambda self: dict(sorted(given(self).items(), key=lambda item: item[1], reverse=reverse)),
+    )
+    assert [*gravity.new_tokens("stop-behaviour")] == ["$STOP", "$NOVA"]
+
+
 def test_a_beginning_that_does_not_fit_is_refused(tiny_bridge):
     rows = [[2] * tiny_bridge.cfg.n_ctx]
     with pytest.raises(InputError, match="do not fit into the model's context"):
