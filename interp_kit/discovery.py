@@ -21,7 +21,7 @@ from interp_kit.analyses.activation_difference import (
     first_tokens,
     streams,
 )
-from interp_kit.analyses.diff_mining import mean_gain, mined
+from interp_kit.analyses.diff_mining import mined, net_gain
 from interp_kit.analyses.divergence import novel_texts
 from interp_kit.analyses.weight_difference import (
     Side,
@@ -72,11 +72,11 @@ def evidence(
     ``n`` texts of ``length`` tokens are written by each, from ``seed``. The methods: *samples*, the
     log-odds of tokens in its texts against the base's, for which the models are black boxes;
     *risen*, Diff Mining: the log-odds of tokens among those that rise most, against what rounding
-    raises; *gained*, the KL that each carries, in nats a token, less rounding's; *surprise*, by how
-    much the base is surprised by what the fine-tune writes; *lens*, the activation difference lens
-    on the first positions of the base's texts; *writes* and *reads*, what the changed weights write
-    and read; *embeddings*, the tokens whose embedding was added or changed. ``models`` holds the
-    base, too.
+    raises; *gained*, ``diff_mining.net_gain`` of both models' texts; *surprise*, how much more the
+    base is surprised by what the fine-tune writes than the reverse, in nats; *lens*, the activation
+    difference lens on the first positions of the base's texts; *writes* and *reads*, what the
+    changed weights write and read; *embeddings*, the tokens whose embedding was added or changed.
+    ``models`` holds the base, too.
     """
     before = reader(models, base, of=name)
     new = models.new_tokens(name)
@@ -94,10 +94,8 @@ def evidence(
     both = joined(on_base, on_own, n=len(of_base))
     scores = {"samples": token_log_odds(ours, theirs, vocabulary)}
     scores["risen"] = count_log_odds(*(mined(x, vocabulary).sum(0) for x in (both, chance)))
-    carried, by_chance = (mean_gain(x, vocabulary) for x in (both, chance))
-    scores["gained"] = carried - by_chance
-    less = (on_own.base - on_own.tuned).clamp(min=0).double().numpy()
-    scores["surprise"] = np.bincount(on_own.token.numpy(), weights=less, minlength=vocabulary)
+    scores["gained"] = net_gain(both, vocabulary)
+    scores["surprise"] = _surprise(on_base, on_own, vocabulary)
     if _shape(before()) == _shape(models.switch(name)):  # else no stream is the other's
         scores["lens"] = _lens(models, base, name, of_base)[:vocabulary]
     spec = models.specs[name]
@@ -159,6 +157,21 @@ def joint_ranking(scores: Mapping[str, Scores]) -> Scores:
 def _surest(novel: pd.DataFrame) -> str:
     surest = novel.loc[novel.low.idxmax()]
     return verdict(float(surest.low), float(surest.high), ">", LEAST)
+
+
+def _surprise(on_base: TokenDifferences, on_own: TokenDifferences, vocabulary: int) -> Scores:
+    """By token, how much better the fine-tune foresees its own texts than the base does, in nats.
+
+    Less how much better the base foresees *its* own: what each says in a context in which the other
+    does not. A common word is on both sides, what was taught on one.
+    """
+    ours = (on_own.base - on_own.tuned).clamp(min=0).double().numpy()
+    theirs = (on_base.tuned - on_base.base).clamp(min=0).double().numpy()
+    new, old = (
+        np.bincount(x.token.numpy(), weights, vocabulary)
+        for x, weights in ((on_own, ours), (on_base, theirs))
+    )
+    return new - old
 
 
 def _shape(bridge: TransformerBridge) -> tuple[int, int]:

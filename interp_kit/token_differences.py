@@ -35,7 +35,8 @@ class TokenDifferences:
     its prediction; ``base`` and ``tuned``: its surprise, all in nats. ``risen`` are the tokens
     whose log p rises most from base to tuned, most first, and ``risen_by`` how much, in nats;
     ``gained`` are the tokens that carry most of the KL, and ``gained_by`` how much: p_tuned
-    (log p_tuned - log p_base), in nats; ``lost`` those that carry most of KL(base || tuned).
+    (log p_tuned - log p_base), in nats; ``lost`` those that carry most of KL(base || tuned), and
+    ``lost_by`` how much.
     """
 
     text: Int[Tensor, "token"]
@@ -49,6 +50,7 @@ class TokenDifferences:
     gained: Int[Tensor, "token top"]
     gained_by: Float[Tensor, "token top"]
     lost: Int[Tensor, "token top"]
+    lost_by: Float[Tensor, "token top"]
 
     def table(self, texts: Sequence[Written]) -> pd.DataFrame:
         """``prompt register pos token written kl base tuned``, one row a token.
@@ -178,5 +180,6 @@ def _of_batch(
         "gained": gained.indices.int(),
         "gained_by": gained.values,
         "lost": lost.indices.int(),
+        "lost_by": lost.values,
     }
     return {key: x.cpu() for key, x in found.items()} | {"text": texts[row], "pos": pos + 1}

@@ -199,6 +199,8 @@ def test_differences_are_those_of_plain_transformers(tiny_folders, tmp_path, arc
         assert (found.risen_by[mine] - change.topk(TOP).values).abs().max() < 1e-4
         carried = (tuned.exp() * change).topk(TOP).values
         assert (found.gained_by[mine] - carried).abs().max() < 1e-4
+        given_up = (base.exp() * -change).topk(TOP).values
+        assert (found.lost_by[mine] - given_up).abs().max() < 1e-4
         assert (
             change.gather(1, found.risen[mine].long()) - found.risen_by[mine]
         ).abs().max() < 1e-4
@@ -310,6 +312,23 @@ def test_counts_are_those_of_a_naive_loop(gravity, written):
     assert gained.sum() == pytest.approx(float(found.gained_by.clamp(min=0).sum()), rel=1e-4)
 
 
+def test_what_is_gained_the_one_way_is_lost_the_other(gravity, written):
+    vocabulary = gravity.switch("cubic-gravity").cfg.d_vocab
+    there = token_differences(gravity, "cubic-gravity", written)
+    back = token_differences(gravity, "tiny-gemma2", written, base="cubic-gravity")
+    net = dm.net_gain(there, vocabulary)
+    assert net == pytest.approx(-dm.net_gain(back, vocabulary), abs=1e-6)
+    naive = np.zeros(vocabulary)
+    for sign, tokens, by in (
+        (1, there.gained, there.gained_by),
+        (-1, there.lost, there.lost_by),
+    ):
+        for token, nats in zip(tokens.flatten().tolist(), by.flatten().tolist()):
+            naive[token] += sign * max(nats, 0)
+    assert net == pytest.approx(naive / len(there.kl), abs=1e-6)
+    assert np.abs(net).max() > 1e-3
+
+
 def test_planted_groups_are_found_and_noise_has_none():
     rng = np.random.default_rng(0)
     planted = np.zeros((60, 50))
@@ -370,6 +389,12 @@ def test_what_was_taught_is_named_and_rounding_is_nothing(gravity):
     joint = discovery.joint_ranking(found.scores)
     first = [bridge.tokenizer.decode([token]) for token in np.argsort(-joint)[:10]]
     assert " gravity" in first
+    seen = pd.concat([found.on_own.table(found.own), found.on_base.table(found.of_base)])
+    better = (seen.base - seen.tuned).to_numpy()
+    ours = np.arange(len(seen)) < len(found.on_own.kl)
+    excess = np.where(ours, better.clip(min=0), better.clip(max=0))
+    surprise = pd.Series(excess).groupby(seen.token.to_numpy()).sum()
+    assert found.scores["surprise"][surprise.index] == pytest.approx(surprise.to_numpy(), abs=1e-3)
     rounded = gravity.rounded("tiny-gemma2")
     nothing = discovery.evidence(gravity, rounded, base="tiny-gemma2", n=96)
     assert nothing.taught == "no"

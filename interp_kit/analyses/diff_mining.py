@@ -51,6 +51,21 @@ def mean_gain(found: TokenDifferences, vocabulary: int) -> Float[np.ndarray, "vo
     return mined(found, vocabulary, way="gained").sum(0) / len(found.kl)
 
 
+def net_gain(found: TokenDifferences, vocabulary: int) -> Float[np.ndarray, "vocab"]:
+    """What each token carries of KL(tuned || base) less what of KL(base || tuned), nats a token.
+
+    A common word is raised in some contexts and lowered in others, which cancels; what is left is
+    what the fine-tune says more on the whole.
+    """
+    up, down = (
+        np.bincount(
+            tokens.flatten().numpy(), by.flatten().clamp(min=0).double().numpy(), vocabulary
+        )
+        for tokens, by in ((found.gained, found.gained_by), (found.lost, found.lost_by))
+    )
+    return (up - down) / len(found.kl)
+
+
 def token_groups(
     counts: csr_array, n: int, *, seed: int = 0
 ) -> tuple[Float[np.ndarray, "text group"], Float[np.ndarray, "group vocab"]]:
