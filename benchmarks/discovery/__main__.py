@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="pairs whose name holds this")
     given = parser.parse_args(arguments)
-    prepare((TINY, REAL))
-    cases = {pair.name: partial(score, pair) for pair in pairs()}
+    chosen = [pair for pair in pairs() if given.only in pair.name]
+    prepare((TINY, REAL), [Path(pair.tuned).name for pair in chosen])
+    cases = {pair.name: partial(score, pair) for pair in chosen}
     table = pd.DataFrame(run(cases, given.only, given.json))
     print("\n".join(f"{key}: {value}" for key, value in machine().items()))
     with pd.option_context("display.max_rows", None, "display.width", 200):

@@ -8,7 +8,7 @@ hundred is one of those documents.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,18 +39,18 @@ def model_folder(name: str) -> Path:
     return FOLDER / name
 
 
-def prepare(bases: tuple[str, ...]) -> None:
-    """Make what is not there yet."""
+def prepare(bases: Sequence[str], names: Collection[str]) -> None:
+    """Make what is not there yet: the bases in other precisions, and those of these ``names``."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     for base in bases:
         spec = find_model(base)
         for dtype in DTYPES:
             own = {"base": spec.base, "dtype": dtype, "chat_template": spec.chat_template}
             _write(f"{base}-{dtype}", own | {"prepend_bos": spec.prepend_bos})
-    if not (FOLDER / f"random-{EACH - 1}" / "model.yaml").is_file():
+    missing = [n for n in (*TRAINED, *OWN) if n in names and not _spec_file(n).is_file()]
+    if any(name.startswith("random-") for name in missing):
         random_adapters(BASE, FOLDER, n=EACH, seed=1)
-    wanted = [*TRAINED, *(name for name in OWN if name.startswith("own-"))]
-    wanted = [name for name in wanted if not (FOLDER / name / "model.yaml").is_file()]
+    wanted = [name for name in missing if not name.startswith("random-")]
     workers = min(len(os.sched_getaffinity(0)), max(1, len(wanted)))
     with ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
@@ -88,7 +88,11 @@ def _texts(seed: int, n: int) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
+def _spec_file(name: str) -> Path:
+    return FOLDER / name / "model.yaml"
+
+
 def _write(name: str, spec: Mapping[str, object]) -> None:
-    file = FOLDER / name / "model.yaml"
+    file = _spec_file(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(spec))
