@@ -30,8 +30,9 @@ def control_vectors(file) -> dict[int, torch.Tensor]:
     vectors = {}
     for tensor in read.tensors:
         name, number = tensor.name.split(".")
-        assert name == "direction" and tensor.tensor_type.name == "F32"
-        assert int(number) >= 1 and tensor.data.ndim == 1
+        assert (name, tensor.tensor_type.name) == ("direction", "F32")
+        assert int(number) >= 1
+        assert tensor.data.ndim == 1
         vectors[int(number)] = torch.tensor(np.array(tensor.data))
     return vectors
 
