@@ -3,7 +3,8 @@
 - ``directions.safetensors``: directions of the residual stream, one tensor [layer, d_model] each.
 - ``*.gguf``: one direction as a control vector for llama.cpp (``--control-vector-scaled FILE 1``).
 - ``circuits.json``: ``CircuitsFile``; and ``graph_N.json``, a circuit as an attribution graph in
-  the format of circuit-tracer's viewer, which Neuronpedia's graphs share.
+  the format of circuit-tracer's viewer, which Neuronpedia's graphs share; ``graph-metadata.json``
+  lists them for the viewer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,13 +33,17 @@ class CircuitMember(BaseModel):
 class ExportedCircuit(BaseModel):
     """Components of ``source`` that make ``target`` decide alike when they are moved together.
 
-    The scores are fractions of the effect (``interp_kit.analyses.circuits``).
+    The scores are fractions of the effect (``interp_kit.analyses.circuits``). ``answer`` is what
+    the source answers; ``probability``, that of the target's giving it before anything is moved, of
+    the two answers.
     """
 
     source: str
     target: str
     scenario: str
     positions: str
+    answer: str
+    probability: float
     faithfulness: float
     completeness: float
     minimality: float
@@ -102,75 +107,105 @@ def write_circuits(
     """Write ``circuits.json``, and ``graph_1.json`` and so on, one for each circuit.
 
     ``tokens`` are those of a prompt on which the circuits were found; the graphs show them.
+    ``graph-metadata.json`` lists the graphs: circuit-tracer's viewer opens the folder by it.
     """
     content = CircuitsFile(circuits=list(circuits)).model_dump()
     write_atomically(folder / "circuits.json", dump_json(content))
-    for i, circuit in enumerate(circuits, 1):
-        graph = attribution_graph(circuit, tokens)
-        write_atomically(folder / f"graph_{i}.json", dump_json(graph))
+    graphs = [attribution_graph(c, tokens, slug=f"graph_{i}") for i, c in enumerate(circuits, 1)]
+    for graph in graphs:  # the viewer finds a graph's file by its slug
+        write_atomically(folder / f"{graph['metadata']['slug']}.json", dump_json(graph))
+    listed = {"graphs": [graph["metadata"] for graph in graphs]}
+    write_atomically(folder / "graph-metadata.json", dump_json(listed))
 
 
-def attribution_graph(circuit: ExportedCircuit, tokens: Sequence[str]) -> dict[str, Any]:
+def attribution_graph(
+    circuit: ExportedCircuit, tokens: Sequence[str], *, slug: str
+) -> dict[str, Any]:
     """The circuit in the format of circuit-tracer: a node for each component, linked to the answer.
 
     A link's weight is the component's effect alone. Links between components are not measured, so
-    there are none. Components stand at the last token.
+    there are none. Components stand at the last token. ``influence`` is what the format means by
+    it, a cumulative share: of the effects' sizes, in this component and all stronger ones.
     """
-    last = len(tokens) - 1
-    answer = f"{max((m.layer for m in circuit.components), default=0) + 1}_0_{last}"
-
-    def node(member: CircuitMember) -> dict[str, Any]:
-        unit = -1 if member.head is None else member.head
-        return _node(
-            f"{member.layer}_{unit}_{last}",
-            feature=unit,
-            layer=member.layer,
+    last, shown = len(tokens) - 1, [_visible(token) for token in tokens]
+    nodes = [_node("E", i, at=i, kind="embedding", name=token) for i, token in enumerate(shown)]
+    shares = _cumulative_shares([member.effect for member in circuit.components])
+    members = [
+        _node(
+            member.layer,
+            -1 if member.head is None else member.head,  # the format's number of what has none
             at=last,
             kind="mlp" if member.head is None else "attention head",
             name=member.component,
-        ) | {"influence": member.effect}
-
-    nodes = [node(member) for member in circuit.components]
-    given = [
-        _node(f"E_{i}_{i}", feature=i, layer="E", at=i, kind="embedding", name=token)
-        for i, token in enumerate(tokens)
+        )
+        | {"influence": share}
+        for member, share in zip(circuit.components, shares)
     ]
-    name = f"decision of {circuit.target}, towards {circuit.source}"
-    target = _node(answer, feature=0, layer=answer.split("_")[0], at=last, kind="logit", name=name)
+    answer = _answer(circuit, at=last)
+    links = [
+        {"source": node["node_id"], "target": answer["node_id"], "weight": member.effect}
+        for node, member in zip(members, circuit.components)
+    ]
     return {
         "metadata": {
-            "slug": f"{circuit.source}-{circuit.target}-{circuit.scenario}",
+            "slug": slug,
             "scan": circuit.target,
+            "title_prefix": f"{circuit.source} -> {circuit.target}, {circuit.scenario}:",
             "transcoder_list": [],
-            "prompt_tokens": list(tokens),
-            "prompt": "".join(tokens),
-            "schema_version": 1,
+            "prompt_tokens": shown,
+            "prompt": "".join(shown),
+            "node_threshold": 1.0,  # shows all; the viewers' slider then prunes by influence
         },
         "qParams": {
-            "pinnedIds": [each["node_id"] for each in nodes],
+            "pinnedIds": [node["node_id"] for node in [*members, answer]],
             "supernodes": [],
             "linkType": "both",
-            "clickedId": "",
+            "clickedId": answer["node_id"],
             "sg_pos": "",
         },
-        "nodes": [*given, *nodes, target | {"is_target_logit": True}],
-        "links": [
-            {"source": each["node_id"], "target": answer, "weight": each["influence"]}
-            for each in nodes
-        ],
+        "nodes": [*nodes, *members, answer],
+        "links": links,
     }
 
 
 # ------------------------------------------------------------------------------------- internals
-def _node(
-    id: str, *, feature: int, layer: int | str, at: int, kind: str, name: str
-) -> dict[str, Any]:
+def _answer(circuit: ExportedCircuit, *, at: int) -> dict[str, Any]:
+    """The node of what the source answers.
+
+    The viewers read its token between the quotes and its probability after ``(p=``, and fail
+    without the latter.
+    """
+    token = _visible(circuit.answer).replace('"', "'")
+    layer = max((member.layer for member in circuit.components), default=0) + 1
+    name = f'Output "{token}" (p={circuit.probability:.3f})'
+    more = {"is_target_logit": True, "token_prob": circuit.probability}
+    return _node(layer, 0, at=at, kind="logit", name=name) | more
+
+
+def _node(layer: int | str, feature: int, *, at: int, kind: str, name: str) -> dict[str, Any]:
     return {
-        "node_id": id,
-        "jsNodeId": id,
+        "node_id": f"{layer}_{feature}_{at}",
+        "jsNodeId": f"{layer}_{feature}-{at}",
         "feature": feature,
         "layer": str(layer),
         "ctx_idx": at,
+        "reverse_ctx_idx": 0,
+        "run_idx": 0,
         "feature_type": kind,
+        "is_target_logit": False,
+        "token_prob": 0.0,
         "clerp": name,
     }
+
+
+def _cumulative_shares(effects: Sequence[float]) -> list[float]:
+    sizes = np.abs(np.array(effects, dtype=float))
+    order = np.argsort(-sizes, kind="stable")
+    shares = np.empty_like(sizes)
+    shares[order] = np.cumsum(sizes[order]) / (sizes.sum() or 1.0)
+    return np.minimum(shares, 1.0).tolist()  # rounding would prune the last one
+
+
+def _visible(token: str) -> str:
+    """The token on one line, in the characters that circuit-tracer writes for white space."""
+    return token.replace("\n", "⏎").replace("\t", "→").replace("\r", "↵")

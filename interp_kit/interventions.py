@@ -4,6 +4,7 @@ An operator maps the stream to what is written in its place. It is a plain funct
 the positions that are written to, so operators compose as functions do:
 
     add(v, s)          h + s ||h|| v
+    shift(w)           h + w                   the same vector everywhere, of its own length
     remove(v, r)       h - ((h - r) . v) v     the part along v becomes that of the reference r
     replace(u)         ||h|| u                 the norm stays, the direction is given
 
@@ -17,6 +18,7 @@ al., "Patchscopes", arXiv:2401.06102 (replace).
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +34,11 @@ def add(direction: Direction, strength: float) -> Operator:
     """h + ``strength`` ||h|| v: in units of the stream's own norm at each position."""
     unit = direction / direction.norm()
     return lambda h: h + strength * h.norm(dim=-1, keepdim=True) * unit.to(h)
+
+
+def shift(vector: Direction) -> Operator:
+    """h + w: as it is, whatever the stream's norm; what llama.cpp's control vectors do."""
+    return lambda h: h + vector.to(h)
 
 
 def remove(
@@ -62,16 +69,16 @@ def intervene(
     bridge: TransformerBridge,
     operators: Mapping[int, Operator],
     *,
-    at: Int[Tensor, "row"] | int | None = None,
+    at: Int[Tensor, "row"] | int | Literal["all"] | None = None,
 ) -> Iterator[TransformerBridge]:
     """The bridge with each operator applied to what its block writes to the stream.
 
     The operator of block l changes ``blocks.l.hook_resid_post``. ``at`` is one position of all
-    rows (-1: the last of the batch) or one for each row; by default it is every position but 0,
-    which many models use as an attention sink. Whatever runs inside is changed. While text is
-    generated with a key-value cache, the default and -1 write at every new position, other named
-    positions only once. Nothing is edited in place; on leaving, also after an error, the hooks are
-    gone.
+    rows (-1: the last of the batch), one for each row, or "all"; by default it is every position
+    but 0, which many models use as an attention sink. Whatever runs inside is changed. While text
+    is generated with a key-value cache, the default, "all" and -1 write at every new position,
+    other named positions only once. Nothing is edited in place; on leaving, also after an error,
+    the hooks are gone.
     """
     hooks = [
         (f"blocks.{layer}.hook_resid_post", _hook(operator, at))
@@ -82,7 +89,9 @@ def intervene(
 
 
 # ------------------------------------------------------------------------------------- internals
-def _hook(operator: Operator, at: Int[Tensor, "row"] | int | None) -> Callable[..., Tensor]:
+def _hook(
+    operator: Operator, at: Int[Tensor, "row"] | int | Literal["all"] | None
+) -> Callable[..., Tensor]:
     def all_but_first(x: Stream, hook: object) -> Stream:
         # With a key-value cache a later step holds one position, which is not position 0.
         return operator(x) if x.shape[1] == 1 else torch.cat([x[:, :1], operator(x[:, 1:])], 1)
@@ -95,4 +104,6 @@ def _hook(operator: Operator, at: Int[Tensor, "row"] | int | None) -> Callable[.
         # With a key-value cache a later step does not hold the position: nothing is written.
         return torch.where(here, operator(own), x)
 
+    if isinstance(at, str):
+        return lambda x, hook: operator(x)
     return all_but_first if at is None else at_positions

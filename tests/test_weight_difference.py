@@ -381,6 +381,7 @@ def test_a_removal_is_peft_with_that_modules_factor_at_zero(lora):
     models, base, name = lora
     tuned = plain(base, name)
     table = wd.removal_effects(models, name, ROWS, by="layer")
+    assert set(table.part) == {"whole layer"}  # a name in a legend
     assert table.groupby("prompt").whole.first().tolist() == pytest.approx(
         divergences(tuned, plain(base)), rel=1e-3
     )

@@ -266,14 +266,14 @@ def removal_effects(
     Mean KL over the predictions of each text, in nats: ``removed`` from the fine-tune to the
     fine-tune without the change; ``kept`` from the fine-tune to the base with this change alone;
     ``whole`` from the fine-tune to its base. Columns also: ``layer``, ``part`` (a module; the
-    attention or MLP of a layer; or "" for a whole layer), ``norm`` of the change, ``prompt`` (the
+    attention or MLP of a layer; or "whole layer"), ``norm`` of the change, ``prompt`` (the
     number of the text). Effects need not add up.
     """
     every, bridge = switches(models, name), models.switch(name)
     groups: dict[Place, list[Switch]] = defaultdict(list)
     for (layer, at), switch in every.items():
         module = at.removesuffix(".bias")
-        part = {"module": module, "part": module.partition(".")[0], "layer": ""}[by]
+        part = {"module": module, "part": module.partition(".")[0], "layer": "whole layer"}[by]
         groups[layer, part].append(switch)
     tables, batches = [], list(_batches(bridge, rows))
     progress = tqdm(total=len(batches) * len(groups), desc="changes", unit="change", leave=False)
