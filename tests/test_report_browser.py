@@ -4,11 +4,9 @@ Every text of the run that is built here tries to become markup.
 """
 
 import base64
-import importlib.util
 import json
 import re
 import zlib
-from pathlib import Path
 from urllib.parse import urlencode
 
 import pandas as pd
@@ -324,14 +322,13 @@ def colours(png: bytes) -> int:
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("name", PAGES)
 def test_every_page_is_shown_and_says_nothing_of_errors(page, tab, tmp_path, name, width, scheme):
-    wanted = {"name": "prefers-color-scheme", "value": scheme}
-    tab.send("Emulation.setEmulatedMedia", features=[wanted])
+    tab.prefer(scheme)
     tab.open(page[name], width=width, state="component=L3H5" if name == "components" else "")
     shot = tab.shoot(tmp_path / f"{name}_{width}_{scheme}.png").read_bytes()
     assert colours(shot) > 50
     assert tab.log == []  # nor any word of the policy
     assert tab.js("document.documentElement.scrollWidth") <= width
-    tab.send("Emulation.setEmulatedMedia", features=[])
+    tab.prefer("light")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -354,20 +351,9 @@ def test_keys_alone_reach_every_control(page, tab, name):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
 def test_axe_finds_nothing_serious(page, tab, name, scheme):
-    axe = importlib.util.find_spec("axe_playwright_python")
-    if axe is None or axe.origin is None:
-        pytest.skip("needs axe-core: pip install --no-deps axe-playwright-python")
-    wanted = {"name": "prefers-color-scheme", "value": scheme}
-    tab.send("Emulation.setEmulatedMedia", features=[wanted])
+    tab.prefer(scheme)
     tab.open(page[name], state="component=L3H5&pin=L1H1" if name == "components" else "")
     if name == "index":
         first_pin(tab)
-    tab.js(Path(axe.origin).with_name("axe.min.js").read_text(encoding="utf-8"))
-    found = tab.js("axe.run().then(found => JSON.stringify(found.violations))")
-    serious = [
-        (rule["id"], rule["nodes"][0]["html"][:200], len(rule["nodes"]))
-        for rule in json.loads(found)
-        if rule["impact"] in ("serious", "critical")
-    ]
-    assert serious == []
-    tab.send("Emulation.setEmulatedMedia", features=[])
+    assert tab.serious_violations() == []
+    tab.prefer("light")
