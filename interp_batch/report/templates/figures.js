@@ -6,6 +6,7 @@ const PAPER = 660; // pixels of a printed A4 page
 const HEIGHT = 450; // of a figure that names none
 const GLANCE = 330; // of a figure that the index opens with, at most
 const LETTER = 8; // pixels of one in an axis title
+const BESIDE_NAMES = 0.45; // of a figure's width, which names of bars leave to the bars
 const small = matchMedia("(max-width: 600px)");
 const dark = matchMedia("screen and (prefers-color-scheme: dark)"); // paper is light
 
@@ -36,16 +37,15 @@ function figure(plot, scheme) {
 
 // Plotly would cut a long title, which stands above, and those of axes; it has the legend below.
 function tighten(plot, shown) {
-  const { l = 80, r = 30, b = 60 } = shown.margin ?? {};
+  const b = shown.margin?.b ?? 60;
   shown.title = undefined;
-  shown.margin = { l: small.matches ? 10 : l, r: small.matches ? 10 : r, t: 20, b };
+  shown.margin = { ...shown.margin, ...(small.matches && { l: 10, r: 10 }), t: 20 };
   shown.legend = { ...shown.legend, yref: "container", y: 0, yanchor: "bottom" };
   if (plot.closest(".pictures")) shown.height = Math.min(shown.height - 40, GLANCE);
   for (const [name, axis] of Object.entries(shown)) {
     if (!/^[xy]axis/.test(name) || !axis.title?.text) continue;
     const [from, to] = axis.domain ?? [0, 1];
-    const across = small.matches ? 0.55 * plot.clientWidth : plot.clientWidth - l - r;
-    const room = name[0] === "x" ? across : shown.height - b - 80;
+    const room = name[0] === "x" ? BESIDE_NAMES * plot.clientWidth : shown.height - b - 80;
     axis.title.text = wrapped(axis.title.text, (room * (to - from)) / LETTER);
   }
 }
@@ -63,7 +63,7 @@ function wrapped(text, letters) {
 function draw(more = {}, scheme = dark.matches ? onDark() : null) {
   for (const plot of plots) {
     const [data, layout] = figure(plot, scheme);
-    Plotly.react(plot, data, { ...layout, ...more }, {
+    Plotly.react(plot, data, { autosize: true, ...layout, ...more }, {
       responsive: true,
       displaylogo: false,
       displayModeBar: !small.matches && !plot.closest(".pictures"), // where it would hide titles
