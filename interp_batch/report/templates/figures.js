@@ -7,6 +7,8 @@ const HEIGHT = 450; // of a figure that names none
 const GLANCE = 330; // of a figure that the index opens with, at most
 const LETTER = 8; // pixels of one in an axis title
 const BESIDE_NAMES = 0.45; // of a figure's width, which names of bars leave to the bars
+const NARROW = 60; // pixels beside axes on a phone; names of bars take more by themselves
+const LONGEST = 24; // letters of a name below an axis
 const small = matchMedia("(max-width: 600px)");
 const dark = matchMedia("screen and (prefers-color-scheme: dark)"); // paper is light
 
@@ -37,13 +39,16 @@ function figure(plot, scheme) {
 
 // Plotly would cut a long title, which stands above, and those of axes; it has the legend below.
 function tighten(plot, shown) {
-  const b = shown.margin?.b ?? 60;
+  const { l = 80, b = 60 } = shown.margin ?? {};
   shown.title = undefined;
-  shown.margin = { ...shown.margin, ...(small.matches && { l: 10, r: 10 }), t: 20 };
+  shown.margin = { ...shown.margin, l: small.matches ? Math.min(l, NARROW) : l, t: 20 };
   shown.legend = { ...shown.legend, yref: "container", y: 0, yanchor: "bottom" };
   if (plot.closest(".pictures")) shown.height = Math.min(shown.height - 40, GLANCE);
   for (const [name, axis] of Object.entries(shown)) {
-    if (!/^[xy]axis/.test(name) || !axis.title?.text) continue;
+    if (!/^[xy]axis/.test(name)) continue;
+    axis.ticktext = axis.ticktext?.map((text) => // pointing at a place shows all of it
+      text.length > LONGEST ? `${text.slice(0, LONGEST)}…` : text);
+    if (!axis.title?.text) continue;
     const [from, to] = axis.domain ?? [0, 1];
     const room = name[0] === "x" ? BESIDE_NAMES * plot.clientWidth : shown.height - b - 80;
     axis.title.text = wrapped(axis.title.text, (room * (to - from)) / LETTER);
