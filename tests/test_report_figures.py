@@ -7,6 +7,7 @@ import pytest
 from interp_batch.report.gallery import write_gallery
 from interp_kit.figures import against_null, bars, heatmap, token_grid, trajectories
 from tests.test_report import write_cell
+from tests.test_views import contrast
 
 WHITE = [255, 255, 255]
 SIGN = "change of the decision (nats): > 0 defects at once, < 0 cooperates for good"
@@ -64,6 +65,7 @@ def test_figures_are_dark_on_a_dark_page_and_as_they_were_on_a_light_one(pages, 
     tab.open(pages[name])
     light = tab.js("JSON.stringify([...document.querySelectorAll('.plot')].map(p => p.data))")
     assert grounds(tab) == [WHITE] * (4 if name == "index" else 5)
+    on_white = tab.contrasts(TEXTS)
     tab.prefer("dark")
     tab.wait(f"{GROUNDS}.every(g => Math.max(...g) < 64)")
     changed = grounds(tab)
@@ -75,7 +77,7 @@ def test_figures_are_dark_on_a_dark_page_and_as_they_were_on_a_light_one(pages, 
     assert tab.log == []
     tab.prefer("light")
     tab.wait(f"{GROUNDS}.every(g => Math.min(...g) === 255)")
-    assert tab.contrasts(TEXTS)[0] == pytest.approx(tab.contrasts(TEXTS)[1])
+    assert tab.contrasts(TEXTS) == on_white
     again = tab.js("JSON.stringify([...document.querySelectorAll('.plot')].map(p => p.data))")
     assert again == light
 
@@ -89,6 +91,11 @@ def test_scales_start_dark_on_a_dark_page_and_names_stay(pages, tab):
     )
     (signed, both), (unsigned, one) = scales
     assert (signed, unsigned) == (True, False)
+    texts = tab.js(
+        "[...document.querySelectorAll('.heatmap-label text')].map(t => getComputedStyle(t).fill)"
+    )
+    assert set(texts) == {"rgb(255, 255, 255)"}
+    assert min(contrast(colour, "#ffffff") for colour in one) >= 4.5
     brightness = [sum(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (*both, *one)]
     assert brightness[1] < 200 < min(brightness[0], brightness[2])
     assert brightness[3] < 200 < brightness[4]

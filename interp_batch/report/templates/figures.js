@@ -15,12 +15,15 @@ const dark = matchMedia("screen and (prefers-color-scheme: dark)"); // paper is 
 // What stands on a dark page for the colours of figures, which are made for white.
 function onDark() {
   const style = getComputedStyle(document.documentElement);
-  const [paper, ink, minus, zero, plus] = ["paper", "ink", "minus", "zero", "plus"]
+  const [paper, ink, zero, ...ends] = ["paper", "ink", "zero", "minus", "plus", "deep-minus", "deep-plus"]
     .map((name) => style.getPropertyValue(`--${name}`).trim());
   const pairs = { white: paper, black: ink, "#000000": ink, "#2a3f5f": ink,
     "#EBF0F8": zero, "#DFE8F3": zero, "#C8D4E3": zero };
-  return { colours: new Map(Object.entries(pairs)),
-    signed: [[0, minus], [0.5, zero], [1, plus]], shares: [[0, zero], [1, minus]] };
+  const scale = ({ zmin, texttemplate }) => {
+    const [minus, plus] = texttemplate ? ends.slice(2) : ends; // plotly writes in white on the deep ones
+    return zmin < 0 ? [[0, minus], [0.5, zero], [1, plus]] : [[0, zero], [1, minus]];
+  };
+  return { colours: new Map(Object.entries(pairs)), scale };
 }
 
 // Only what a figure names as a colour is exchanged: a token "black" keeps its name.
@@ -29,7 +32,7 @@ function figure(plot, scheme) {
   const { data, layout } = JSON.parse(text, (key, value) =>
     (/color$/.test(key) && scheme?.colours.get(value)) || value);
   for (const trace of scheme ? data : []) {
-    if ("zmin" in trace) trace.colorscale = trace.zmin < 0 ? scheme.signed : scheme.shares;
+    if ("zmin" in trace) trace.colorscale = scheme.scale(trace);
   }
   const shown = { height: HEIGHT, ...layout, uirevision: "kept" }; // a reader's zoom
   if (small.matches) shown.dragmode = false; // a finger scrolls
