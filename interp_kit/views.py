@@ -240,7 +240,8 @@ def visible(text: str, *, spaces: bool = False) -> Markup:
 def marked(reference: str, text: str) -> Markup:
     """The text; words that do not stand in the reference at that place are marked.
 
-    All of it is marked where the two share fewer than a third of their words.
+    The space before them is not. All of it is marked where the two share fewer than a third of
+    their words.
     """
     ours, theirs = WORD.findall(text), WORD.findall(reference)
     matcher = SequenceMatcher(a=theirs, b=ours, autojunk=False)
@@ -248,9 +249,13 @@ def marked(reference: str, text: str) -> Markup:
     if matcher.ratio() < ANOTHER_TEXT:  # a word that both happen to have is no agreement
         return Markup("<mark>{}</mark>").format(visible(text)) if text else Markup("")
     for kind, _, _, first, last in matcher.get_opcodes():
-        part = visible("".join(ours[first:last]))
-        if part:
-            parts.append(part if kind == "equal" else Markup("<mark>{}</mark>").format(part))
+        part = "".join(ours[first:last])
+        if kind == "equal" or not part:
+            parts.append(visible(part))
+        else:
+            words = part.lstrip() or part
+            space = part.removesuffix(words)
+            parts.append(Markup("{}<mark>{}</mark>").format(visible(space), visible(words)))
     return Markup("").join(parts)
 
 
@@ -301,8 +306,9 @@ def _legend(title: str, bound: float, sides: Sequence[int]) -> Markup:
     middle = Markup('<span class="ik-zero">0</span>') if low < 0 < high else Markup("")
     half = STEPS if middle else len(swatches)
     return Markup(
-        '<p class="ik-legend"><span>{}:</span> <span>{}</span> <span class="ik-scale">{}</span>'
-        '{}<span class="ik-scale">{}</span> <span>{}</span></p>'
+        '<p class="ik-legend"><span>{}:</span> <span class="ik-ends"><span>{}</span> '
+        '<span class="ik-scale">{}</span>{}<span class="ik-scale">{}</span> <span>{}</span>'
+        "</span></p>"
     ).format(
         visible(title), number(low * bound), Markup("").join(swatches[:half]), middle,
         Markup("").join(swatches[half:]), number(high * bound),

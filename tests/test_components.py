@@ -119,7 +119,7 @@ def test_the_data_of_many_maps_fit_into_one_page(tmp_path, layers, heads, monkey
     results = read_folder(tmp_path)
     maps, words, _ = component_maps(results)
     pages = {result.id: "page" for result in results}
-    whole, left_out = as_json(maps, words, pages)
+    whole, left_out, _ = as_json(maps, words, pages)
     assert left_out == 0
     data = json.loads(whole)
     assert len(data["units"]) == heads + 1
@@ -127,11 +127,11 @@ def test_the_data_of_many_maps_fit_into_one_page(tmp_path, layers, heads, monkey
     assert len(first["values"]) == len(first["details"]) == len(names)
     assert first["details"]["7"] == [0.8571, 1.143, 0.1429]
     monkeypatch.setattr(components, "LIMIT", len(whole) - 1)
-    fewer, left_out = as_json(maps, words, pages)
+    fewer, left_out, _ = as_json(maps, words, pages)
     assert left_out == 0
     assert len(json.loads(fewer)["maps"][0]["details"]) == components.DETAILED
     monkeypatch.setattr(components, "LIMIT", len(fewer) - 1)
-    least, left_out = as_json(maps, words, pages)
+    least, left_out, _ = as_json(maps, words, pages)
     assert left_out == 1
     assert len(least) < len(fewer)
 
@@ -148,8 +148,40 @@ def test_what_a_component_attends_to_is_read_as_text(tmp_path):
     )
     write_table(tmp_path, "03_activation_patching", "attends.csv", said)
     (words,) = component_maps(read_folder(tmp_path))[1]
-    assert words["tokens"] == [["NA", 0.5], ["", 0.3], [" <b>", 0.2]]
+    assert words["tokens"] == {"L1H1": [["NA", 0.5], ["", 0.3], [" <b>", 0.2]]}
     assert (words["says"], words["prompt"]) == ("attends to", "m · s · p")
+
+
+@pytest.mark.parametrize("scenarios", [1, 5])
+def test_the_words_of_a_deep_model_leave_room_for_its_maps(tmp_path, scenarios, monkeypatch):
+    """30 layers of 9 heads: three prompts of each of five scenarios fit, or one of each does."""
+    names = [f"L{layer}H{head}" for layer in range(30) for head in range(9)]
+    table = pd.DataFrame({"component": names, "value": [i / 7 for i in range(len(names))]})
+    table = table.assign(low=table.value - 1 / 7, high=table.value + 1 / 7, direction="noise")
+    said = pd.DataFrame(
+        [(f"s/{i}", name, f" token{k}", 1 / (k + 3)) for i in range(3) for name in names[:20]
+         for k in range(6)],
+        columns=["prompt", "component", "token", "value"],
+    )  # fmt: skip
+    promoted = pd.concat([said.assign(says="promotes"), said.assign(says="demotes")])
+    for i in range(scenarios):
+        where = {"scenario": f"s{i}"}
+        folder = write_table(tmp_path, "03_activation_patching", "mean.csv", table, **where)
+        said.to_csv(folder / "attends.csv", index=False)
+        write_table(tmp_path, "02_direct_logit_attribution", "promotes.csv", promoted, **where)
+    results = read_folder(tmp_path)
+    maps, words, _ = component_maps(results)
+    pages = {result.id: "a/page/of/some/length" for result in results}
+    whole, left_out, every_prompt = as_json(maps, words, pages)
+    assert (left_out, every_prompt) == (0, True)
+    assert len(whole) < 400_000
+    assert len({word["prompt"] for word in json.loads(whole)["words"]}) == 3 * scenarios
+    monkeypatch.setattr(components, "LIMIT", len(whole) - 1)
+    fewer, left_out, every_prompt = as_json(maps, words, pages)
+    assert (left_out, every_prompt) == (0, False)
+    data = json.loads(fewer)
+    assert {word["prompt"].rsplit(" ", 1)[1] for word in data["words"]} == {"s/0"}
+    assert len(data["maps"][0]["details"]) == len(names)  # words go first
 
 
 # --------------------------------------------------------------------------- without any script

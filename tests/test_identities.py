@@ -7,6 +7,7 @@ import torch
 
 from interp_kit.analyses import attribution
 from interp_kit.analyses.activation_patching import activation_patching, identity_patch_error
+from interp_kit.analyses.attention import attended_tokens
 from interp_kit.analyses.attribution import (
     attention_share,
     contrast_attribution,
@@ -308,6 +309,24 @@ def test_what_a_component_promotes_are_the_ends_of_its_contrasts(tiny_bridge):
     assert (first.demotes < 0).all()
     with pytest.raises(InputError, match="unknown component 'L9H9'"):
         promoted_tokens(tiny_bridge, prompts, ["L9H9"])
+
+
+def test_a_heads_attention_is_shared_among_the_tokens_of_the_prompt(tiny_bridge):
+    prompts, heads = tiny_prompts(tiny_bridge), [(1, 1), (0, 0)]
+    said = attended_tokens(tiny_bridge, prompts, heads, k=1000)
+    whole = said.groupby(["prompt", "component"]).value.sum()
+    assert len(whole) == len(prompts) * len(heads)
+    assert whole.to_numpy() == pytest.approx(1, abs=1e-5)
+    for prompt in prompts:
+        own = said[(said.prompt == prompt.id) & (said.component == "L1H1")]
+        words = [tiny_bridge.tokenizer.decode([token]) for token in prompt.branch]
+        assert [words[pos] for pos in own.pos] == list(own.token)
+        assert sorted(own.pos) == [*range(len(words))]
+        assert own.value.is_monotonic_decreasing
+    few = attended_tokens(tiny_bridge, prompts, heads, k=2)
+    assert few.equals(
+        said.groupby(["prompt", "component"], sort=False).head(2).reset_index(drop=True)
+    )
 
 
 def no_counterfactuals(prompts):

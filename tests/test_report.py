@@ -508,40 +508,15 @@ def test_a_reader_without_a_mouse_or_with_a_screen_reader_finds_the_way(run, tab
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_contrast(run, tab, scheme):
-    contrasts = """
-    (() => {
-      const parts = (color) => color.match(/[\\d.]+/g).map(Number);
-      const light = (color) => {
-        const [r, g, b] = parts(color).slice(0, 3).map((v) => v / 255)
-          .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-      };
-      const ground = (e) => {
-        for (; e; e = e.parentElement) {
-          const color = getComputedStyle(e).backgroundColor;
-          if (parts(color)[3] !== 0) return color;
-        }
-        return "rgb(255, 255, 255)";
-      };
-      return [...document.querySelectorAll("body *")]
-        .filter((e) => !e.closest("svg, script, .plot") && e.checkVisibility()
-          && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
-        .map((e) => {
-          const [a, b] = [light(getComputedStyle(e).color), light(ground(e))];
-          return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-        });
-    })()
-    """
-    wanted = {"name": "prefers-color-scheme", "value": scheme}
-    tab.send("Emulation.setEmulatedMedia", features=[wanted])
+    tab.prefer(scheme)
     for file in (run / "index.html", cell_page(run)):
         tab.open(file)
-        found = tab.js(contrasts)
+        found = tab.contrasts()
         assert len(found) > 20
         assert min(found) >= 4.5
         ground = tab.js("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
-    tab.send("Emulation.setEmulatedMedia", features=[])
+    tab.prefer("light")
 
 
 def test_a_phone_scrolls_tables_and_figures_not_the_page(run, tab, tmp_path):

@@ -4,11 +4,9 @@ Every text of the run that is built here tries to become markup.
 """
 
 import base64
-import importlib.util
 import json
 import re
 import zlib
-from pathlib import Path
 from urllib.parse import urlencode
 
 import pandas as pd
@@ -50,8 +48,10 @@ def study(tmp_path_factory):
     ]  # fmt: skip
     for i, cell in enumerate(cells):
         GRID.assign(value=GRID.value * (i + 1)).to_csv(cell["folder"] / "mean.csv", index=False)
-        attends = {"prompt": "p", "component": "L3H5", "token": [EVIL, "b"], "value": [0.75, 0.25]}
-        pd.DataFrame(attends).to_csv(cell["folder"] / "attends.csv", index=False)
+        attends = {"prompt": ["p", "p", "q"], "token": [EVIL, "b", "c"], "value": [0.75, 0.25, 1]}
+        pd.DataFrame(attends).assign(component="L3H5").to_csv(
+            cell["folder"] / "attends.csv", index=False
+        )
     write_gallery(folder, title="study", about="What of it?", cells=cells)
     return folder
 
@@ -164,6 +164,34 @@ def test_pins_are_saved_and_loaded_with_their_notes(page, tab, tmp_path):
     assert notes == ["seen / of a friend", ""]
 
 
+def test_the_answers_that_the_page_opens_with_are_pinned_as_in_their_section(page, tab, tmp_path):
+    """By keyboard; the state comes back, and a file of such pins is read again."""
+    tab.open(page["index"])
+    buttons = "[...document.querySelectorAll('#glance .answer .pin')]"
+    answers = tab.js("document.querySelectorAll('#glance .answer').length")
+    assert tab.js(f"{buttons}.length") == answers > 0
+    tab.js(f"{buttons}[0].focus()")
+    tab.press("Enter", text="\r")
+    tab.wait("location.hash.includes('pin=answer')")
+    pressed = "[...document.querySelectorAll('.pin[aria-pressed=true]')]"
+    where = f"{pressed}.map(b => b.closest('section[id]').id)"
+    assert tab.js(where) == ["glance", "answers"]
+    shown = "[...document.querySelectorAll('#pinned li')].map(e => e.textContent)"
+    before = tab.js(shown)
+    assert len(before) == 1
+    assert before[0].startswith(f"Is it {EVIL}?"[:20])
+    saved = tab.js("JSON.stringify(asFile())")
+    tab.open(page["index"], state=tab.js("location.hash")[1:])
+    assert (tab.js(shown), tab.js(where)) == (before, ["glance", "answers"])
+    tab.js(f"{buttons}[0].click()")
+    assert tab.js(f"{pressed}.length") == 0
+    (tmp_path / "pins.json").write_text(saved)
+    tab.choose_file("#pinned input[type=file]", tmp_path / "pins.json")
+    tab.wait(f"{pressed}.length === 2")
+    assert tab.js(shown) == before
+    assert tab.log == []
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -188,11 +216,11 @@ def test_a_file_of_no_pins_says_what_is_wrong(page, tab, tmp_path, content, said
 
 # ------------------------------------------------------------------------------------------- map
 def test_arrow_keys_move_over_the_map_and_enter_pins(page, tab):
-    tab.open(page["components"])
+    tab.open(page["components"], state="component=L3H0")
     tab.js("document.querySelector('#choose select[name=scenario]').focus()")
     tab.press("Tab")  # the prompt
     tab.press("Tab")
-    assert tab.js("document.activeElement.dataset.component") == "L3H0"  # the last layer is on top
+    assert tab.js("document.activeElement.dataset.component") == "L3H0"  # what is selected
     for key, at in (
         ("ArrowLeft", "L3H0"), ("ArrowUp", "L3H0"), ("ArrowRight", "L3H1"), ("ArrowDown", "L2H1"),
         ("End", "L2_MLP"), ("ArrowRight", "L2_MLP"), ("Home", "L2H0"),
@@ -209,6 +237,30 @@ def test_arrow_keys_move_over_the_map_and_enter_pins(page, tab):
     tab.press("Enter", text="\r")
     assert hash_of(tab).endswith("component=L2H1&pin=L2H0&pin=L2H1")
     assert tab.js("document.querySelectorAll('#map [tabindex=\"0\"]').length") == 1
+
+
+def test_the_map_opens_with_its_strongest_component(page, tab):
+    tab.open(page["components"])
+    strongest = "L0_MLP"  # of -6 nats
+    assert tab.js("document.querySelector('#panel h3').firstChild.data.trim()") == strongest
+    assert tab.js("document.querySelector('[aria-current=true]').dataset.component") == strongest
+    assert tab.js("document.querySelectorAll('#map [tabindex=\"0\"]').length") == 1
+    assert tab.js("location.hash") == ""  # nobody chose it
+    assert tab.log == []
+
+
+def test_a_prompt_is_chosen_for_the_words_and_kept_in_the_url(page, tab):
+    tab.open(page["components"], state="component=L3H5&model=other&scenario=two")
+    field = "document.querySelector('[name=prompt]')"
+    code = "[...document.querySelectorAll('#panel .words code')].map(c => c.textContent)"
+    assert tab.js(f"{field}.value") == "other · two · p"  # of the scenario that is shown
+    assert tab.js(code) == [EVIL, "b"]
+    tab.js(f"{field}.focus()")
+    tab.press("ArrowDown")
+    assert tab.js(code) == ["c"]
+    assert "prompt=other · two · q" in hash_of(tab)
+    tab.open(page["components"], state=tab.js("location.hash")[1:])
+    assert (tab.js(f"{field}.value"), tab.js(code)) == ("other · two · q", ["c"])
 
 
 def test_a_panel_shows_every_value_with_interval_control_and_cell(page, tab):
@@ -324,14 +376,13 @@ def colours(png: bytes) -> int:
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("name", PAGES)
 def test_every_page_is_shown_and_says_nothing_of_errors(page, tab, tmp_path, name, width, scheme):
-    wanted = {"name": "prefers-color-scheme", "value": scheme}
-    tab.send("Emulation.setEmulatedMedia", features=[wanted])
+    tab.prefer(scheme)
     tab.open(page[name], width=width, state="component=L3H5" if name == "components" else "")
     shot = tab.shoot(tmp_path / f"{name}_{width}_{scheme}.png").read_bytes()
     assert colours(shot) > 50
     assert tab.log == []  # nor any word of the policy
     assert tab.js("document.documentElement.scrollWidth") <= width
-    tab.send("Emulation.setEmulatedMedia", features=[])
+    tab.prefer("light")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -354,20 +405,9 @@ def test_keys_alone_reach_every_control(page, tab, name):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
 def test_axe_finds_nothing_serious(page, tab, name, scheme):
-    axe = importlib.util.find_spec("axe_playwright_python")
-    if axe is None or axe.origin is None:
-        pytest.skip("needs axe-core: pip install --no-deps axe-playwright-python")
-    wanted = {"name": "prefers-color-scheme", "value": scheme}
-    tab.send("Emulation.setEmulatedMedia", features=[wanted])
+    tab.prefer(scheme)
     tab.open(page[name], state="component=L3H5&pin=L1H1" if name == "components" else "")
     if name == "index":
         first_pin(tab)
-    tab.js(Path(axe.origin).with_name("axe.min.js").read_text(encoding="utf-8"))
-    found = tab.js("axe.run().then(found => JSON.stringify(found.violations))")
-    serious = [
-        (rule["id"], rule["nodes"][0]["html"][:200], len(rule["nodes"]))
-        for rule in json.loads(found)
-        if rule["impact"] in ("serious", "critical")
-    ]
-    assert serious == []
-    tab.send("Emulation.setEmulatedMedia", features=[])
+    assert tab.serious_violations() == []
+    tab.prefer("light")

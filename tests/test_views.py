@@ -138,8 +138,9 @@ def test_values_of_positions_are_put_into_the_whole_text():
 
 
 def test_what_differs_from_the_first_column_is_marked():
-    assert str(marked("the law is square", "the law is cubic")) == ("the law is<mark> cubic</mark>")
+    assert str(marked("the law is square", "the law is cubic")) == ("the law is <mark>cubic</mark>")
     assert str(marked("a b", "a b")) == "a b"
+    assert str(marked("a b", "a b ")) == "a b<mark> </mark>"
     assert str(marked("a b", "")) == ""
     assert str(marked("a b c d", "x y b z")) == "<mark>x y b z</mark>"  # another text
     cells = str(pair_view().fragment()).split('class="ik-cell"')[1:]

@@ -121,11 +121,13 @@ def write_components(
     if not maps and not problems:
         file.unlink(missing_ok=True)  # of an earlier report
         return False
-    data, left_out = as_json(maps, words, {r.id: pages.filters["page"](r) for r in results})
+    links = {r.id: pages.filters["page"](r) for r in results}
+    data, left_out, all_said = as_json(maps, words, links)
     text = pages.get_template("components.html.jinja").render(
         run=run,
         maps=len(maps),
         left_out=left_out,
+        all_said=all_said,
         strongest=strongest(maps),
         problems=problems,
         data=data,
@@ -172,27 +174,30 @@ def strongest(maps: Sequence[Map]) -> list[tuple[Map, Any]]:
 
 def as_json(
     maps: Sequence[Map], words: Sequence[dict[str, Any]], pages: Mapping[str, str]
-) -> tuple[str, int]:
-    """The page's data and how many maps it leaves out; ``pages`` are links by cell id.
+) -> tuple[str, int, bool]:
+    """The page's data, how many maps it leaves out, and whether it has the words of all prompts.
 
-    The data are ``units cells words maps``. A map's ``values`` are in the order layer by layer,
-    unit by unit of ``units``, None where there is no value; ``details`` gives ``[low, high,
-    control]`` at the same index, ``clear`` the indices of values that are clear of their control.
-    Where not all fit into ``LIMIT``, only the strongest components have details; the last maps are
-    left out where that is not enough.
+    The data are ``units cells words maps``; ``pages`` are links by cell id. A map's ``values`` are
+    in the order layer by layer, unit by unit of ``units``, None where there is no value;
+    ``details`` gives ``[low, high, control]`` at the same index, ``clear`` the indices of values
+    that are clear of their control. Where not all fit into ``LIMIT``, words are those of each
+    cell's first prompt; then only the strongest components have details; then the last maps are
+    left out.
     """
     units = _units(maps)
-    cells = {own.result.id: i for i, own in enumerate({m.result.id: m for m in maps}.values())}
+    ids = dict.fromkeys([*(own.result.id for own in maps), *(word["cell"] for word in words)])
+    cells = {id: i for i, id in enumerate(ids)}
     listed = [[id, pages[id]] for id in cells]
-    said = [word | {"href": pages[word["cell"]]} for word in words]
-    for detailed in (None, DETAILED):
+    said = [word | {"cell": cells[word["cell"]]} for word in words]
+    few = list({(word["cell"], word["says"]): word for word in reversed(said)}.values())[::-1]
+    for shown, detailed in ((said, None), (few, None), (few, DETAILED)):
         packed = [_packed(own, units, cells[own.result.id], detailed) for own in maps]
-        text = _dump({"units": units, "cells": listed, "words": said, "maps": packed})
+        text = _dump({"units": units, "cells": listed, "words": shown, "maps": packed})
         if len(text) <= LIMIT:
-            return text, 0
+            return text, 0, len(shown) == len(said)
     fits = max(1, int(len(packed) * LIMIT / len(text)))
-    data = {"units": units, "cells": listed, "words": said, "maps": packed[:fits]}
-    return _dump(data), len(packed) - fits
+    data = {"units": units, "cells": listed, "words": few, "maps": packed[:fits]}
+    return _dump(data), len(packed) - fits, len(few) == len(said)
 
 
 # ------------------------------------------------------------------------------------- internals
@@ -222,8 +227,9 @@ def _maps(source: Source, result: Result) -> Iterator[Map]:
         if "clear" in table and "control" in source.numbers
         else False
     )
-    table = table.assign(**numbers, clear=clear)
-    yield from _apart(source, result, table.dropna(subset="value"), keys)
+    table = table.assign(**numbers, clear=clear).dropna(subset="value")
+    if len(table):
+        yield from _apart(source, result, table, keys)
 
 
 def _apart(
@@ -253,17 +259,20 @@ def _words(result: Result, name: str, says: str) -> list[dict[str, Any]]:
     required = {"prompt", "component", "token", "value"} | (set() if says else {"says"})
     table = _read(file, required)
     table = table.assign(value=pd.to_numeric(table["value"]), says=says or table.get("says"))
-    groups: Any = table.dropna(subset="value").groupby(["prompt", "component", "says"], sort=False)
+    groups: Any = table.dropna(subset="value").groupby(["prompt", "says"], sort=False)
     return [
         {
             "model": result.model,
+            "scenario": result.scenario,
             "prompt": f"{result.model} · {result.scenario} · {prompt}",
-            "component": str(component),
             "says": str(what),
-            "tokens": [[str(t), _short(v)] for t, v in zip(own.token, own.value)],
             "cell": result.id,
+            "tokens": {
+                str(component): [[str(t), _short(v)] for t, v in zip(of.token, of.value)]
+                for component, of in own.groupby("component", sort=False)
+            },
         }
-        for (prompt, component, what), own in groups
+        for (prompt, what), own in groups
     ]
 
 

@@ -12,14 +12,14 @@ Heimersheim and Nanda, "How to use and interpret activation patching", arXiv:240
 al., "Fine-Tuning Enhances Existing Mechanisms", arXiv:2402.14811 (across models).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -321,25 +321,6 @@ def transplant_error(models: Models, source: str, target: str, prompts: Sequence
 
 
 @torch.no_grad()
-def attention_patterns(
-    bridge: TransformerBridge, prompt: Prompt, heads: Sequence[tuple[int, int]]
-) -> Float[Tensor, "head pos pos"]:
-    """Attention of each (layer, head) on ``prompt.branch``, up to where the answers part.
-
-    Row = attending position, column = attended to; the last row is where the decision is read.
-    """
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[..., None]:
-        return lambda pattern, hook: kept.update({layer: pattern[0]})
-
-    bridge.run_with_hooks(
-        torch.tensor([prompt.branch], device=bridge.cfg.device),
-        fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", keep(layer)) for layer, _ in heads],
-    )
-    return torch.stack([kept[layer][head] for layer, head in heads]).float().cpu()
-
-
 # ------------------------------------------------------------------------------------- internals
 def _sweep(
     experiment: Experiment, patches: Sequence[Patch], positions: Positions, *, start: int = 0

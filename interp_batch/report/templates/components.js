@@ -16,7 +16,7 @@ for (const { values } of data.maps) {
 const each = (values) => [...new Set(values)];
 const number = (value) => (value === null ? "" : String(value).replace("-", "−"));
 const pinned = new Set();
-let selected = null;
+let selected = null; // a component
 let shown = null; // the map
 
 // ------------------------------------------------------------------------------ what is chosen
@@ -43,13 +43,15 @@ function choose(wanted = {}) {
   return missing;
 }
 
-// Of the model that is shown, where it has prompts; a pair of models has none of its own.
+// Those of the model and scenario first; a pair of models has none of its own.
 function choosePrompt(wanted) {
-  const { model, prompt } = chooser.elements;
-  const own = data.words.filter((word) => word.model === model.value).map((word) => word.prompt);
-  const others = data.words.map((word) => word.prompt);
-  if (own.length && !own.includes(prompt.value)) prompt.replaceChildren();
-  return fill("prompt", each([...own, ...others]), wanted);
+  const { model, scenario, prompt } = chooser.elements;
+  const near = (word) => (word.model === model.value) * 2 + (word.scenario === scenario.value);
+  const prompts = each([...data.words].sort((a, b) => near(b) - near(a)).map((word) => word.prompt));
+  const best = Math.max(...data.words.map(near));
+  const kept = data.words.some((word) => word.prompt === prompt.value && near(word) === best);
+  if (!kept) prompt.replaceChildren();
+  return fill("prompt", prompts, wanted);
 }
 
 function restore() {
@@ -62,6 +64,11 @@ function restore() {
   const absent = each(named).filter((one) => !known.has(one));
   state.missing([...missing, ...absent.map((one) => `component “${one}”`)]);
   mark();
+}
+
+function strongest() {
+  const sizes = shown.values.map((value) => Math.abs(value ?? -1));
+  return name(sizes.indexOf(Math.max(...sizes)));
 }
 
 function keep() {
@@ -116,6 +123,7 @@ const cells = () => [...grid.querySelectorAll("[data-component]")];
 
 // Which cell Tab reaches, which are pinned, and the panels of these.
 function mark() {
+  selected ??= strongest();
   const own = cells();
   const reached = own.find((one) => one.dataset.component === selected) ?? own[0];
   for (const one of own) {
@@ -136,10 +144,7 @@ function toggle(component) {
 
 // ---------------------------------------------------------------------------------- the panels
 function show(component) {
-  const place = document.getElementById("panel");
-  place.replaceChildren(component === null
-    ? make("p", { class: "place" }, "Point at a component, or move to it with the arrow keys, to see its values; press it, or Enter, to pin them.")
-    : panel(component));
+  document.getElementById("panel").replaceChildren(panel(component));
 }
 
 function panel(component) {
@@ -176,9 +181,9 @@ function line(map, at) {
 function words(component) {
   const { prompt } = chooser.elements;
   return data.words
-    .filter((word) => word.component === component && word.prompt === prompt.value)
-    .map((word) => make("p", { class: "words" }, make("a", { href: word.href }, word.says), " ",
-      ...word.tokens.filter(([, value]) => Math.abs(value) >= 0.005).flatMap(([token, value]) => [
+    .filter((word) => component in word.tokens && word.prompt === prompt.value)
+    .map((word) => make("p", { class: "words" }, make("a", { href: data.cells[word.cell][1] }, word.says), " ",
+      ...word.tokens[component].filter(([, value]) => Math.abs(value) >= 0.005).flatMap(([token, value]) => [
         make("span", { class: "token" }, make("code", {}, token), ` ${number(value.toFixed(2))}`), " "])));
 }
 

@@ -119,3 +119,21 @@ for (const button of document.querySelectorAll("thead button")) {
   });
 }
 form.hidden = false;
+
+// A long text that the page opens with is folded, when the script of views has set its sliders.
+addEventListener("load", () => {
+  for (const box of document.querySelectorAll(".pictures .scroll:has(.ik-view)")) {
+    box.classList.add("folded");
+    if (box.scrollHeight <= box.clientHeight) {
+      box.classList.remove("folded");
+      continue;
+    }
+    const button = make("button", { type: "button", class: "pin", "aria-expanded": "false" }, "Show the whole text");
+    button.addEventListener("click", () => {
+      const folded = box.classList.toggle("folded");
+      button.setAttribute("aria-expanded", !folded);
+      button.textContent = folded ? "Show the whole text" : "Show less";
+    });
+    box.after(button);
+  }
+});

@@ -9,35 +9,49 @@ const pins = new Map(); // key -> note
 
 for (const row of document.querySelectorAll("#findings [data-cell]")) offer(row, "value");
 for (const entry of document.querySelectorAll("#answers dl [data-cell]")) offer(entry, "answer");
+// The page opens with some of these answers: a button there pins the same.
+for (const entry of document.querySelectorAll("#glance [data-cell]")) {
+  const { cell } = entry.dataset;
+  const name = entry.querySelector(".question").textContent;
+  entry.querySelector(".place").before(pinButton(`answer ${cell} ${name}`, `Pin ${name}, ${cell}`), " ");
+}
 
 function offer(element, kind) {
   const { cell } = element.dataset;
   const place = element.querySelector(kind === "value" ? "th" : "dd");
   const name = element.querySelector(kind === "value" ? "th a" : "dt").textContent;
-  const button = make("button", { type: "button", class: "pin", "aria-label": `Pin ${name}, ${cell}` }, "Pin");
   const key = `${kind} ${cell} ${name}`;
-  const own = { element, kind, cell, name, button, said: kind === "answer" ? place.textContent : "" };
-  button.addEventListener("click", () => {
-    if (!pins.delete(key)) pins.set(key, "");
-    tray.open = pins.size > 0;
-    showPins();
-    keep();
-  });
-  place.append(" ", button);
-  pinnable.set(key, own);
+  pinnable.set(key, { element, kind, cell, name, buttons: [], said: kind === "answer" ? place.textContent : "" });
+  place.append(" ", pinButton(key, `Pin ${name}, ${cell}`));
+}
+
+function pinButton(key, label) {
+  const button = make("button", { type: "button", class: "pin", "aria-label": label }, "Pin");
+  button.addEventListener("click", () => toggle(key));
+  pinnable.get(key).buttons.push(button);
+  return button;
+}
+
+function toggle(key) {
+  if (!pins.delete(key)) pins.set(key, "");
+  tray.open = pins.size > 0;
+  showPins();
+  keep();
 }
 
 function showPins() {
-  for (const [key, { button }] of pinnable) {
-    button.setAttribute("aria-pressed", pins.has(key));
-    button.textContent = pins.has(key) ? "Unpin" : "Pin";
+  for (const [key, { buttons }] of pinnable) {
+    for (const button of buttons) {
+      button.setAttribute("aria-pressed", pins.has(key));
+      button.textContent = pins.has(key) ? "Unpin" : "Pin";
+    }
   }
   tray.querySelector("summary").textContent = `Pinned (${pins.size})`;
   tray.querySelector("ul").replaceChildren(...[...pins].map(([key, note]) => entry(key, note)));
 }
 
 function entry(key, note) {
-  const { element, kind, cell, name, button, said } = pinnable.get(key);
+  const { element, kind, cell, name, said } = pinnable.get(key);
   const words = kind === "answer" ? said : [...element.cells].slice(1).map((own, i) =>
     own.textContent.trim() && ["", "", "control ", "noise floor ", "n = ", "p = ", ""][i] + own.textContent.trim(),
   ).filter(Boolean).join(", ");
@@ -48,7 +62,7 @@ function entry(key, note) {
   });
   const remove = make("button", { type: "button", "aria-label": `Unpin ${name}, ${cell}` }, "Unpin");
   remove.addEventListener("click", () => {
-    button.click();
+    toggle(key);
     (tray.querySelector("li button") ?? tray.querySelector("summary")).focus();
   });
   const link = (element.querySelector("th a") ?? element.closest("section").querySelector(".place a"));
