@@ -392,9 +392,10 @@ def test_what_was_taught_is_named_and_rounding_is_nothing(gravity):
     seen = pd.concat([found.on_own.table(found.own), found.on_base.table(found.of_base)])
     better = (seen.base - seen.tuned).to_numpy()
     ours = np.arange(len(seen)) < len(found.on_own.kl)
+    surprise = np.zeros_like(joint)
     excess = np.where(ours, better.clip(min=0), better.clip(max=0))
-    surprise = pd.Series(excess).groupby(seen.token.to_numpy()).sum()
-    assert found.scores["surprise"][surprise.index] == pytest.approx(surprise.to_numpy(), abs=1e-3)
+    np.add.at(surprise, seen.token.to_numpy(), excess)
+    assert found.scores["surprise"] == pytest.approx(surprise, abs=1e-3)
     rounded = gravity.rounded("tiny-gemma2")
     nothing = discovery.evidence(gravity, rounded, base="tiny-gemma2", n=96)
     assert nothing.taught == "no"
