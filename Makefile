@@ -18,9 +18,10 @@ run: .venv/installed
 	  $(BIN)/interp-kit run $(STUDIES:%=papermill_params/tiny_%.yaml) --workers $(WORKERS); exit 1; \
 	fi
 
-# One run of tests and notebooks: whichever ends first, no core waits for the other.
+# One run of tests and notebooks: whichever ends first, no core waits for the other. Each worker has
+# one thread: threads of several workers on one core wait for each other, up to fifty times as long.
 test: .venv/installed
-	JUPYTER_PATH=$(CURDIR)/interp_batch $(BIN)/python -m pytest -q $(PARALLEL) tests notebooks \
+	OMP_NUM_THREADS=1 JUPYTER_PATH=$(CURDIR)/interp_batch $(BIN)/python -m pytest -q $(PARALLEL) tests notebooks \
 	  --nbval --nbval-kernel-name \
 	  $$($(BIN)/python -c "from interp_batch import warm; print(warm.default_kernel())")
 
