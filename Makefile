@@ -19,7 +19,7 @@ run: .venv/installed
 	fi
 
 # One run of tests and notebooks: whichever ends first, no core waits for the other. Each worker has
-# one thread: threads of several workers on one core wait for each other, up to fifty times as long.
+# one thread: where cores are busy, threads wait for each other, and a test took fifty times as long.
 test: .venv/installed
 	OMP_NUM_THREADS=1 JUPYTER_PATH=$(CURDIR)/interp_batch $(BIN)/python -m pytest -q $(PARALLEL) tests notebooks \
 	  --nbval --nbval-kernel-name \
